@@ -1,0 +1,137 @@
+"""Customization: subject - protect(B) - purify - customise - generate(prompts, seeds) - score against C and A."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from bench.codecs import CustomisedCodec, GenerationsCodec, ImageSetsCodec
+from bench.errors import BenchError
+from bench.identity import digest
+from bench.plugin import identity
+from bench.records import Customised, CustomizationEvidence, Generations, ImageSet, Model, Subject
+from bench.workbench import Outcome, Workbench
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bench.config import Cell
+    from bench.context import Context
+    from bench.protocols import CustomizationProtocol
+
+VERSION = 1
+PICTURED = 2
+"""Subjects whose strips a result keeps."""
+
+
+def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
+    """One cell, from photos to samples. Every stage is stored; each subject is customised on its own."""
+    subjects: Sequence[Subject] = cell.data.subjects()
+    origin = {"data": cell.data.digest(), "model": model.digest, "seed": cell.seed}
+
+    defense = identity(cell.defense)
+    protected = bench.stage(
+        "protect", VERSION, {**origin, "defense": defense},
+        lambda ctx: protect(cell, subjects, model, ctx), ImageSetsCodec(),
+        seeded_by={"defense": defense["name"], "seed": cell.seed},
+    )
+    purifier = identity(cell.purifier)
+    purified = bench.stage(
+        "purify", VERSION, {"photos": protected.key, "model": model.digest, "purifier": purifier, "seed": cell.seed},
+        lambda ctx: purify(cell, protected.value, model, ctx), ImageSetsCodec(),
+        seeded_by={"purifier": purifier, "seed": cell.seed},
+    )
+    generated, keys = {}, {}
+    for subject in subjects:
+        drawn = attack(cell, subject, purified.value[subject.name], purified.key, model, bench)
+        generated[subject.name], keys[subject.name] = drawn.value, drawn.key
+    evidence = CustomizationEvidence(
+        tuple(subjects), protected.value, purified.value, generated, budget_of(cell.defense),
+    )
+    inputs = {**origin, "protected": protected.key, "purified": purified.key, "generated": keys}
+    return Outcome(evidence, inputs, pictures(evidence))
+
+
+def protect(cell: Cell, subjects: Sequence[Subject], model: Model, ctx: Context) -> dict[str, ImageSet]:
+    """Set B of every subject after the defense; refuses photos that left the budget."""
+    protected = cell.defense.protect(subjects, model, ctx)
+    for subject, photos in zip(subjects, protected, strict=True):
+        check_budget(cell, subject, photos)
+    return {subject.name: photos for subject, photos in zip(subjects, protected, strict=True)}
+
+
+def check_budget(cell: Cell, subject: Subject, photos: ImageSet) -> None:
+    """The largest change of the uint8 photo, which the store saves without loss, must not exceed eps."""
+    change = (photos.pixels.int() - subject.published.pixels.int()).abs().max().item()
+    eps = cell.defense.budget().eps
+    if change > eps:
+        raise BenchError(f"defense '{identity(cell.defense)['name']}': photos of {subject.name} change by {change} "
+                         f"levels, over their budget of {eps}; the result would be invalid.")
+
+
+def purify(cell: Cell, photos: Mapping[str, ImageSet], model: Model, ctx: Context) -> dict[str, ImageSet]:
+    return {name: cell.purifier.purify(images, model, ctx) for name, images in photos.items()}
+
+
+def attack(cell: Cell, subject: Subject, photos: ImageSet, source: str, model: Model, bench: Workbench) -> Any:
+    """Customise on one subject's photos, then draw the protocol's prompts.
+
+    The key depends on the pixels' own digest, so subjects share nothing and a defense that changes nothing is
+    the same attack as no defense at all.
+    """
+    method = identity(cell.attack)
+    seen = {"photos": digest_images(photos), "model": model.digest, "attack": method, "seed": cell.seed}
+    customised = bench.stage(
+        "customise", VERSION, seen,
+        lambda ctx: cell.attack.customise(photos, subject.class_noun, model, ctx), CustomisedCodec(model),
+        seeded_by={"attack": method, "subject": subject.name, "seed": cell.seed},
+    )
+    protocol: CustomizationProtocol = cell.protocol
+    return bench.stage(
+        "generate", VERSION,
+        {"customised": customised.key, "protocol": protocol, "subject": subject.name, "seed": cell.seed},
+        lambda ctx: draw(customised.value, protocol, sample_seeds(subject, cell.seed, protocol), ctx),
+        GenerationsCodec(), seeded_by={"subject": subject.name, "seed": cell.seed},
+    )
+
+
+def sample_seeds(subject: Subject, seed: int, protocol: CustomizationProtocol) -> list[int]:
+    """One seed per image, from subject, seed and place alone: the same noise under every defense and attack."""
+    total = len(protocol.prompts) * protocol.per_prompt
+    return [int(digest([subject.name, seed, place], length=15), 16) for place in range(total)]
+
+
+def draw(customised: Customised, protocol: CustomizationProtocol, seeds: list[int], ctx: Context) -> Generations:
+    from bench.diffusion.sampling import draw_customised
+
+    prompts = [p.format(token=customised.token).replace("  ", " ")
+               for p in protocol.prompts for _ in range(protocol.per_prompt)]
+    pixels = draw_customised(customised, prompts, seeds, protocol, ctx)
+    names = tuple(f"{place:03d}" for place in range(len(prompts)))
+    return Generations(ImageSet(pixels, names, tuple(prompts)), tuple(prompts), tuple(seeds))
+
+
+def digest_images(photos: ImageSet) -> str:
+    import hashlib
+
+    pixels = photos.pixels.contiguous()
+    return digest({"shape": list(pixels.shape), "bytes": hashlib.sha256(pixels.numpy().tobytes()).hexdigest(),
+                   "captions": photos.captions})
+
+
+def budget_of(defense: Any) -> Any:
+    return defense.budget() if hasattr(defense, "budget") else None
+
+
+def pictures(evidence: CustomizationEvidence) -> dict[str, Tensor]:
+    """Per subject a strip: originals, protected, perturbation x10 around grey, generated."""
+    return {f"strip_{subject.name}": strip(subject, evidence) for subject in evidence.subjects[:PICTURED]}
+
+
+def strip(subject: Subject, evidence: CustomizationEvidence) -> Tensor:
+    import torch
+
+    original, protected = subject.published.pixels[:4], evidence.protected[subject.name].pixels[:4]
+    change = ((protected.int() - original.int()) * 10 + 128).clamp(0, 255).to(torch.uint8)
+    rows = [original, protected, change, evidence.generated[subject.name].images.pixels[:4]]
+    return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
