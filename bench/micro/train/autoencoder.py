@@ -23,12 +23,12 @@ class Recipe:
     channels: tuple[int, ...]
     schedule: common.Schedule
     pictures: int = 24_000
-    batch: int = 32
+    batch: int = 16
 
 
 RECIPES = {
-    "a": Recipe("autoencoder-a", "sd_a", (32, 64, 96), common.Schedule(steps=6000, lr=1.5e-3, seed=11, ema=0.998)),
-    "b": Recipe("autoencoder-b", "sd_b", (24, 64, 96), common.Schedule(steps=4500, lr=1.5e-3, seed=12, ema=0.998)),
+    "a": Recipe("autoencoder-a", "sd_a", (16, 32, 64), common.Schedule(steps=2600, lr=2e-3, seed=11, ema=0.998)),
+    "b": Recipe("autoencoder-b", "sd_b", (16, 32, 48), common.Schedule(steps=2000, lr=2e-3, seed=12, ema=0.998)),
 }
 
 
@@ -40,7 +40,7 @@ def new_autoencoder(channels: tuple[int, ...]) -> AutoencoderKL:
         block_out_channels=channels,
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=4,
         sample_size=world.SIZE,
         mid_block_add_attention=False,
     )
