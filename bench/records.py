@@ -161,13 +161,14 @@ class Measurement:
 @dataclass(frozen=True)
 class CustomizationEvidence:
     """What customization metrics see. ``protected``: set B after the defense; ``purified``: after the purifier;
-    ``generated``: what the attacker drew. All keyed by subject name."""
+    ``generated``: what the attacker drew; ``tokens``: the word that names the person. All keyed by subject name."""
 
     subjects: tuple[Subject, ...]
     protected: Mapping[str, ImageSet]
     purified: Mapping[str, ImageSet]
     generated: Mapping[str, Generations]
     budget: Budget | None
+    tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from bench.config import Cell
     from bench.context import Context
     from bench.protocols import CustomizationProtocol
+    from bench.store import Stored
 
 VERSION = 1
 PICTURED = 2
@@ -41,12 +42,13 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
         lambda ctx: purify(cell, protected.value, model, ctx), ImageSetsCodec(),
         seeded_by={"purifier": purifier, "seed": cell.seed},
     )
-    generated, keys = {}, {}
+    generated, tokens, keys = {}, {}, {}
     for subject in subjects:
-        drawn = attack(cell, subject, purified.value[subject.name], purified.key, model, bench)
-        generated[subject.name], keys[subject.name] = drawn.value, drawn.key
+        customised, drawn = attack(cell, subject, purified.value[subject.name], model, bench)
+        tokens[subject.name], generated[subject.name] = customised.value.token, drawn.value
+        keys[subject.name] = drawn.key
     evidence = CustomizationEvidence(
-        tuple(subjects), protected.value, purified.value, generated, budget_of(cell.defense),
+        tuple(subjects), protected.value, purified.value, generated, budget_of(cell.defense), tokens,
     )
     inputs = {**origin, "protected": protected.key, "purified": purified.key, "generated": keys}
     return Outcome(evidence, inputs, pictures(evidence))
@@ -73,7 +75,9 @@ def purify(cell: Cell, photos: Mapping[str, ImageSet], model: Model, ctx: Contex
     return {name: cell.purifier.purify(images, model, ctx) for name, images in photos.items()}
 
 
-def attack(cell: Cell, subject: Subject, photos: ImageSet, source: str, model: Model, bench: Workbench) -> Any:
+def attack(
+    cell: Cell, subject: Subject, photos: ImageSet, model: Model, bench: Workbench,
+) -> tuple[Stored[Customised], Stored[Generations]]:
     """Customise on one subject's photos, then draw the protocol's prompts.
 
     The key depends on the pixels' own digest, so subjects share nothing and a defense that changes nothing is
@@ -87,12 +91,13 @@ def attack(cell: Cell, subject: Subject, photos: ImageSet, source: str, model: M
         seeded_by={"attack": method, "subject": subject.name, "seed": cell.seed},
     )
     protocol: CustomizationProtocol = cell.protocol
-    return bench.stage(
+    drawn = bench.stage(
         "generate", VERSION,
         {"customised": customised.key, "protocol": protocol, "subject": subject.name, "seed": cell.seed},
         lambda ctx: draw(customised.value, protocol, sample_seeds(subject, cell.seed, protocol), ctx),
         GenerationsCodec(), seeded_by={"subject": subject.name, "seed": cell.seed},
     )
+    return customised, drawn
 
 
 def sample_seeds(subject: Subject, seed: int, protocol: CustomizationProtocol) -> list[int]:
