@@ -1,0 +1,363 @@
+"""The record of one cell: ``result.json``, per-sample rows in ``samples.jsonl``, a few images beside them.
+
+Validated when written and when read. A number is finite or it is null with a reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from bench.errors import BenchError
+from bench.files import flush_folder, told, write_atomically
+from bench.identity import digest, plain
+from bench.plugin import changed, facts_of, parameters
+from bench.records import Measurement
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from bench.store import Cost
+
+SCHEMA = 1
+RESULT, SAMPLES, IMAGES = "result.json", "samples.jsonl", "images"
+Status = Literal["ok", "n/a", "failed"]
+
+
+class Record(BaseModel):
+    """What all parts of a result share: unknown fields are refused, so is a number that is not finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class PluginRecord(Record):
+    """A plugin as it ran. ``label``: its row on boards. ``changed``: names of parameters that were not defaults."""
+
+    kind: str
+    name: str
+    label: str
+    version: int
+    variant: str = ""
+    parameters: dict[str, Any] = {}
+    changed: list[str] = []
+    facts: dict[str, Any] = {}
+
+    def identity(self) -> dict[str, Any]:
+        """What makes it this method with these options, whatever it is called on boards."""
+        return {"name": self.name, "version": self.version, "parameters": self.parameters}
+
+
+class ModelRecord(Record):
+    """``name``: the alias or the last part of the folder. ``digest``: hash of all weights, "" where unresolved."""
+
+    name: str
+    digest: str = ""
+
+
+class CellRecord(Record):
+    """What ran: the point of the grid, fully resolved."""
+
+    id: str
+    track: str
+    model: ModelRecord
+    data: PluginRecord
+    data_digest: str = ""
+    attack: PluginRecord
+    defense: PluginRecord
+    purifier: PluginRecord | None = None
+    seed: int
+    protocol: dict[str, Any] = {}
+
+
+class MeasurementRecord(Record):
+    """One number. ``n`` samples in ``clusters`` units of statistics; ``low``/``high``: its 95 % interval, if any.
+
+    ``higher_is_better``: from the defender's side. ``protocol``: what the metric says a comparison must share.
+    ``protocol_hash``: of everything that a comparison must share; different hashes are never ranked together.
+    """
+
+    name: str
+    metric: str
+    version: int = 1
+    parameters: dict[str, Any] = {}
+    value: float | None
+    low: float | None = None
+    high: float | None = None
+    n: int = Field(ge=0)
+    clusters: int = Field(default=0, ge=0)
+    unit: str = ""
+    higher_is_better: bool | None = None
+    reason: str = ""
+    protocol: dict[str, Any] = {}
+    protocol_hash: str
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.value is None and not self.reason:
+            raise ValueError(f"{self.name}: a missing value needs a reason")
+        if (self.low is None) != (self.high is None):
+            raise ValueError(f"{self.name}: an interval needs both ends")
+        if self.low is not None and self.high is not None and (self.value is None or self.low > self.high):
+            raise ValueError(f"{self.name}: the interval [{self.low}, {self.high}] of {self.value} is none")
+        return self
+
+
+class StageRecord(Record):
+    """What one stage cost when it was built; ``reused``: not in this run."""
+
+    stage: str
+    key: str
+    seconds: float = Field(ge=0)
+    peak_mb: float | None = None
+    device: str = "cpu"
+    reused: bool = False
+
+
+class ErrorRecord(Record):
+    """Why a cell failed."""
+
+    type: str
+    message: str
+    traceback: str = ""
+
+
+class SampleFile(Record):
+    """What ``samples.jsonl`` must be."""
+
+    rows: int
+    sha256: str
+
+
+class Result(Record):
+    """``stamp``: what the whole result is not ("pipeline check, not a result"). ``reason``: why it is n/a."""
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    suite: str
+    cell: CellRecord
+    status: Status
+    reason: str = ""
+    measurements: list[MeasurementRecord] = []
+    stamp: str = ""
+    cost: list[StageRecord] = []
+    artefacts: dict[str, str] = {}
+    provenance: dict[str, Any] = {}
+    warnings: list[str] = []
+    error: ErrorRecord | None = None
+    samples: SampleFile | None = None
+    images: list[str] = []
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.status == "n/a" and not self.reason:
+            raise ValueError("status n/a needs a reason")
+        if (self.status == "failed") != (self.error is not None):
+            raise ValueError(f"status {self.status} {'needs' if self.error is None else 'cannot have'} an error")
+        names = [m.name for m in self.measurements]
+        if len(set(names)) != len(names):
+            raise ValueError(f"measurements have one name twice: {sorted(names)}")
+        return self
+
+    def measurement(self, name: str) -> MeasurementRecord | None:
+        return next((m for m in self.measurements if m.name == name), None)
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One sample's value of one measurement; None needs a ``reason``. ``cluster``: the unit of statistics."""
+
+    metric: str
+    sample: str
+    cluster: str
+    value: Annotated[float, Field(allow_inf_nan=False)] | None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.value is None and not self.reason:
+            raise ValueError(f"{self.metric} of {self.sample}: a missing value needs a reason")
+
+
+def plugin_record(instance: Any, label: str = "") -> PluginRecord:
+    """How a plugin goes on record. ``label``: a preset's name; else the plugin's own, either with its variant."""
+    facts = facts_of(instance)
+    options = plain(parameters(instance), facts.name)
+    variant = str(options.get("variant", facts.variant))
+    known = {f.name: getattr(facts, f.name) for f in dataclasses.fields(facts)}
+    kept = {k: v for k, v in known.items() if k not in ("kind", "name", "version", "variant") and v}
+    shown = (label or facts.name) + (f" ({variant})" if variant else "")
+    return PluginRecord(kind=facts.kind, name=facts.name, label=shown, version=facts.version, variant=variant,
+                        parameters=options, changed=sorted(changed(instance)), facts=plain(kept, facts.name))
+
+
+def stage_record(stage: str, key: str, cost: Cost, reused: bool) -> StageRecord:
+    return StageRecord(stage=stage, key=key, seconds=cost.seconds, peak_mb=cost.peak_mb, device=cost.device,
+                       reused=reused)
+
+
+def measurement_record(measured: Measurement, metric: PluginRecord, cell: CellRecord) -> MeasurementRecord:
+    """Put a measurement on record; a value that is not finite becomes a missing one, with that reason."""
+    value, reason = _finite(measured.value, measured.reason)
+    low, high = (measured.low, measured.high) if value is not None and _both_finite(measured) else (None, None)
+    asked = plain(measured.protocol, f"{measured.name}.protocol")
+    return MeasurementRecord(
+        name=measured.name, metric=metric.name, version=metric.version, parameters=metric.parameters, value=value,
+        low=low, high=high, n=measured.n, clusters=len({r.cluster for r in measured.rows if r.value is not None}),
+        unit=measured.unit, higher_is_better=measured.higher_is_better, reason=reason, protocol=asked,
+        protocol_hash=protocol_hash(cell, metric, measured.name, asked),
+    )
+
+
+def protocol_hash(cell: CellRecord, metric: PluginRecord, measurement: str, asked: Mapping[str, Any]) -> str:
+    """Digest of everything that two numbers must share to be compared: all but the defense and the seed."""
+    return digest({
+        "track": cell.track, "model": cell.model.digest or cell.model.name, "data": data_identity(cell),
+        "attack": cell.attack.identity(), "purifier": cell.purifier.identity() if cell.purifier else None,
+        "cell": cell.protocol, "metric": metric.identity(), "measurement": measurement, "protocol": asked,
+    })
+
+
+def data_identity(cell: CellRecord) -> Any:
+    """The data's own digest where it has one: a folder of photos is what is in it, not where it lies."""
+    return {"name": cell.data.name, "digest": cell.data_digest} if cell.data_digest else cell.data.identity()
+
+
+def sample_rows(measurements: Iterable[Measurement]) -> list[SampleRow]:
+    """The rows of measurements, as they are written."""
+    rows = []
+    for measured in measurements:
+        for row in measured.rows:
+            value, reason = _finite(row.value, row.reason)
+            rows.append(SampleRow(measured.name, row.sample, row.cluster, value, reason))
+    return rows
+
+
+def _finite(value: float | None, reason: str) -> tuple[float | None, str]:
+    if value is None:
+        return None, reason or "the metric gave no value and no reason"
+    return (float(value), reason) if math.isfinite(value) else (None, f"the metric gave {float(value)}")
+
+
+def _both_finite(measured: Measurement) -> bool:
+    return all(end is not None and math.isfinite(end) for end in (measured.low, measured.high))
+
+
+def write_result(result: Result, rows: Sequence[SampleRow], images: Mapping[str, Tensor], folder: Path) -> Result:
+    """Write a cell's folder: images (uint8 [3, h, w]) and rows first, ``result.json`` last and in one step, so that
+    a folder with it is complete. Returns the result as written. Raises BenchError when the disk refuses."""
+    text = "".join(_row_line(row) + "\n" for row in rows)
+    with told("results", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULT).unlink(missing_ok=True)
+        names = _write_images(images, folder / IMAGES)
+        write_atomically(folder / SAMPLES, text)
+        samples = SampleFile(rows=len(rows), sha256=hashlib.sha256(text.encode()).hexdigest())
+        whole = _validated(result, samples, names)
+        write_atomically(folder / RESULT, _dump(whole))
+    return whole
+
+
+def _validated(result: Result, samples: SampleFile, images: list[str]) -> Result:
+    """Checked as a whole: ``model_copy`` alone checks nothing, nor do the free parts of a record."""
+    data = result.model_dump(by_alias=True)
+    return Result.model_validate({**data, "samples": samples.model_dump(), "images": images})
+
+
+def _dump(result: Result) -> str:
+    data = result.model_dump(mode="json", by_alias=True)
+    return json.dumps(plain(data, "result"), indent=1, allow_nan=False) + "\n"
+
+
+def _row_line(row: SampleRow) -> str:
+    return json.dumps({f.name: getattr(row, f.name) for f in dataclasses.fields(row)}, allow_nan=False)
+
+
+def _write_images(images: Mapping[str, Tensor], folder: Path) -> list[str]:
+    from bench.codecs import slug, write_png
+
+    shutil.rmtree(folder, ignore_errors=True)
+    names = []
+    for name, pixels in images.items():
+        folder.mkdir(exist_ok=True)
+        file = f"{slug(name)}.png"
+        if file in names:
+            raise BenchError(f"results: two images would be called {file}.")
+        write_png(pixels, folder / file)
+        names.append(file)
+    flush_folder(folder)
+    return names
+
+
+def read_result(folder: Path) -> Result:
+    """The result in a cell's folder; raises BenchError, naming the file, when it is missing or not valid."""
+    path = folder / RESULT
+    try:
+        data = json.loads(path.read_text(), parse_constant=_refuse)
+        version = data.get("schema") if isinstance(data, dict) else None
+        if version != SCHEMA:
+            raise BenchError(f"results: {path} has schema {version!r}; this version of bench reads schema {SCHEMA}.")
+        return Result.model_validate(data)
+    except FileNotFoundError:
+        raise BenchError(f"results: {path} does not exist.") from None
+    except ValidationError as error:
+        raise BenchError(f"results: {path} is not a valid result: {_first(error)}.") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BenchError(f"results: {path} cannot be read: {error}.") from error
+
+
+def _refuse(constant: str) -> float:
+    raise json.JSONDecodeError(f"{constant} is not a number", constant, 0)
+
+
+def read_rows(folder: Path) -> list[SampleRow]:
+    """The rows beside a result; raises BenchError when they are not those that were written with it."""
+    return rows_of(read_result(folder), folder)
+
+
+def rows_of(result: Result, folder: Path) -> list[SampleRow]:
+    """As ``read_rows``, when the result is at hand."""
+    path = folder / SAMPLES
+    if result.samples is None:
+        return []
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise BenchError(f"results: {path} cannot be read: {error}.") from error
+    if hashlib.sha256(data).hexdigest() != result.samples.sha256:
+        raise BenchError(f"results: {path} is not the file that was written with its result (hash mismatch).")
+    try:
+        return _rows().validate_json(b"[" + b",".join(data.splitlines()) + b"]")
+    except ValidationError as error:
+        raise BenchError(f"results: {path} holds a row that is not valid: {_first(error)}.") from error
+
+
+@cache
+def _rows() -> TypeAdapter[list[SampleRow]]:
+    return TypeAdapter(list[SampleRow])
+
+
+def _first(error: ValidationError) -> str:
+    found = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, found['loc'])) or 'record'}: {found['msg']}"
+
+
+def read_suite(folder: Path) -> list[Result]:
+    """All results of a suite, in the order of their folders' names; raises BenchError at the first bad one."""
+    if not folder.is_dir():
+        raise BenchError(f"results: there is no suite in {folder}.")
+    return [read_result(path) for path in result_folders(folder)]
+
+
+def result_folders(folder: Path) -> list[Path]:
+    """The cells' folders of a suite that hold a result."""
+    return sorted(path.parent for path in folder.glob(f"*/{RESULT}"))
