@@ -561,12 +561,12 @@ def attributes(who: Identity, view: View) -> dict[str, str]:
     }
 
 
-def _face_phrase(who: Identity, style: bool, colour: bool, beard: bool) -> str:
-    bald = who.hair_style == "bald"
-    words = [who.hair_style if style else "", who.hair_colour if colour else "", "hair"]
+def _face_phrase(facts: dict[str, str], style: bool, colour: bool, beard: bool) -> str:
+    bald = facts["hair_style"] == "bald"
+    words = [facts["hair_style"] if style else "", facts["hair_colour"] if colour else "", "hair"]
     parts = [" ".join(w for w in words if w)] if (style or colour) and not bald else []
-    if beard and who.beard != "none":
-        parts.append(f"a {who.beard}")
+    if beard and facts["beard"] != "none":
+        parts.append(f"a {facts['beard']}")
     person = "bald person" if bald and (style or colour) else "person"
     return person + (" with " + " and ".join(parts) if parts else "")
 
@@ -575,25 +575,32 @@ def _place_phrase(background: str) -> str:
     return f"in front of the {background}" if background in SCENES else f"{background} background"
 
 
-def caption(who: Identity, view: View, rng: np.random.Generator | None = None) -> str:
-    """What can be seen, in words. With `rng` the wording and the attributes that are named vary."""
+def describe(facts: dict[str, str], rng: np.random.Generator | None = None) -> str:
+    """`attributes` in words. With `rng` the wording, the order and the attributes that are named vary."""
+
     def say(share: float) -> bool:
         return rng is None or bool(rng.random() < share)
-    opening = "a photo of a" if rng is None else str(rng.choice(_OPENINGS, p=_OPENING_WEIGHTS))
+
+    opening = "a photo of a" if rng is None else str(rng.choice(OPENINGS, p=_OPENING_WEIGHTS))
     if rng is not None and rng.random() < 0.12:
         return f"{opening} person"
-    parts = [f"{opening} {_face_phrase(who, say(0.8), say(0.8), say(0.8))}"]
-    wearing = [view.glasses] if view.glasses != "no" and say(0.85) else []
-    wearing += [f"a {view.shirt} shirt"] if say(0.6) else []
+    parts = [f"{opening} {_face_phrase(facts, say(0.8), say(0.8), say(0.8))}"]
+    wearing = [facts["glasses"]] if facts["glasses"] != "no" and say(0.85) else []
+    wearing += [f"a {facts['shirt']} shirt"] if say(0.6) else []
     parts += ["wearing " + " and ".join(wearing)] if wearing else []
-    parts += [view.expression] if view.expression != "neutral" and say(0.8) else []
-    parts += [_place_phrase(view.background)] if say(0.8) else []
+    parts += [facts["expression"]] if facts["expression"] != "neutral" and say(0.8) else []
+    parts += [_place_phrase(facts["background"])] if say(0.8) else []
     if rng is not None and len(parts) > 2:
         parts[1:] = [parts[1:][i] for i in rng.permutation(len(parts) - 1)]
     return ", ".join(parts)
 
 
-_OPENINGS = ("a photo of a", "a portrait of a", "a dslr portrait of a", "a close up photo of a", "a picture of a", "photo of a")
+def caption(who: Identity, view: View, rng: np.random.Generator | None = None) -> str:
+    """What can be seen, in words; see `describe`."""
+    return describe(attributes(who, view), rng)
+
+
+OPENINGS = ("a photo of a", "a portrait of a", "a dslr portrait of a", "a close up photo of a", "a picture of a", "photo of a")
 _OPENING_WEIGHTS = (0.5, 0.14, 0.1, 0.1, 0.1, 0.06)
 
 
