@@ -1,0 +1,1 @@
+"""Where photos come from: data plugins, and what they share."""
