@@ -256,6 +256,7 @@ def write_result(result: Result, rows: Sequence[SampleRow], images: Mapping[str,
     """Write a cell's folder: images (uint8 [3, h, w]) and rows first, ``result.json`` last and in one step, so that
     a folder with it is complete. Returns the result as written. Raises BenchError when the disk refuses."""
     text = "".join(_row_line(row) + "\n" for row in rows)
+    _dump(result)  # before the old result goes: a record that cannot be written must not replace one that was
     with told("results", folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULT).unlink(missing_ok=True)
@@ -274,8 +275,7 @@ def _validated(result: Result, samples: SampleFile, images: list[str]) -> Result
 
 
 def _dump(result: Result) -> str:
-    data = result.model_dump(mode="json", by_alias=True)
-    return json.dumps(plain(data, "result"), indent=1, allow_nan=False) + "\n"
+    return json.dumps(plain(result.model_dump(by_alias=True), "result"), indent=1, allow_nan=False) + "\n"
 
 
 def _row_line(row: SampleRow) -> str:
