@@ -1,0 +1,127 @@
+"""Run one cell: its track, its metrics, its record. A cell that raises is recorded as failed and hurts no other."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from bench.codecs import MeasurementsCodec
+from bench.config import Cell, Settings
+from bench.errors import BenchError, Incompatible
+from bench.outcomes import cell_record, failed, not_applicable
+from bench.plugin import identity
+from bench.progress import bar
+from bench.provenance import provenance
+from bench.results import (
+    CellRecord, MeasurementRecord, Result, StageRecord, measurement_record, plugin_record, sample_rows, stage_record,
+    write_result,
+)
+from bench.store import Store
+from bench.tracking import log_cell
+from bench.workbench import Outcome, Workbench
+
+if TYPE_CHECKING:
+    from bench.records import Measurement, Model
+
+VERSION = 1
+log = logging.getLogger(__name__)
+
+
+def run_cell(cell: Cell, settings: Settings) -> Result:
+    """Run one cell to its result, which is written below ``settings.results`` and returned.
+
+    Whatever the cell raises becomes a result of status ``failed`` with its traceback; only an interrupt or an exit
+    passes through. A second call reuses every stage that the first one finished.
+    """
+    started = datetime.now(UTC)
+    with bar(cell.title()) as progress:
+        bench = Workbench(Store(settings.store), settings.device, progress)
+        try:
+            fix_numerics(settings)
+            return finish(cell, settings, bench, *measured(cell, bench), started)
+        except Incompatible as reason:
+            result = not_applicable(cell, str(reason))
+        except Exception as error:
+            log.error("%s: %s: %s", cell.title(), type(error).__name__, error)
+            shown = "" if isinstance(error, BenchError) else traceback.format_exc()
+            result = failed(cell, type(error).__name__, str(error), shown)
+    update = {"provenance": provenance(started, cell.overrides), "cost": costs(bench)}
+    return write_result(result.model_copy(update=update), [], {}, cell.folder(settings.results))
+
+
+def fix_numerics(settings: Settings) -> None:
+    """The same bits for the same seed: a fixed thread count, deterministic kernels where there are any."""
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
+def measured(cell: Cell, bench: Workbench) -> tuple[Outcome, dict[str, list[Measurement]]]:
+    """The track's evidence and every metric on it; a metric is a stage like any other, and trains nothing."""
+    model = resolve_model(cell)
+    outcome = track_of(cell)(cell, model, bench)
+    found = {}
+    for name, metric in cell.metrics.items():
+        stored = bench.stage(
+            "measure", VERSION, {"evidence": outcome.inputs, "metric": identity(metric)},
+            lambda ctx, metric=metric: metric.measure(outcome.evidence, ctx), MeasurementsCodec(),
+            seeded_by={"metric": identity(metric)},
+        )
+        found[name] = stored.value
+    return outcome, found
+
+
+def resolve_model(cell: Cell) -> Model:
+    from bench.diffusion.checkpoints import resolve
+
+    return resolve(cell.model, cell.allow_pickle)
+
+
+def track_of(cell: Cell) -> Any:
+    from bench.tracks import backdoor, customization
+
+    return {"customization": customization.run, "backdoor": backdoor.run}[cell.track]
+
+
+def finish(
+    cell: Cell, settings: Settings, bench: Workbench, outcome: Outcome, found: Mapping[str, list[Measurement]],
+    started: datetime,
+) -> Result:
+    """Write the record of a cell that ran to its end, and mirror it to the tracker."""
+    record = cell_record(cell)
+    everything = [m for ms in found.values() for m in ms]
+    result = Result(
+        suite=cell.suite, cell=record, status="ok", measurements=records(cell, record, found), stamp=cell.stamp,
+        cost=costs(bench), artefacts=artefacts(bench), provenance=provenance(started, cell.overrides),
+        warnings=[w for _, stored in bench.used for w in stored.warnings] + list(cell.skipped.values()),
+    )
+    rows, folder = sample_rows(everything), cell.folder(settings.results)
+    lost = log_cell(result, rows, outcome.pictures, settings)
+    result = result.model_copy(update={"warnings": [*result.warnings, *lost]})
+    return write_result(result, rows, outcome.pictures, folder)
+
+
+def records(
+    cell: Cell, record: CellRecord, found: Mapping[str, list[Measurement]],
+) -> list[MeasurementRecord]:
+    return [measurement_record(m, plugin_record(cell.metrics[name]), record)
+            for name, measurements in found.items() for m in measurements]
+
+
+def costs(bench: Workbench) -> list[StageRecord]:
+    return [stage_record(name, stored.key, stored.cost, stored.reused) for name, stored in bench.used]
+
+
+def artefacts(bench: Workbench) -> dict[str, str]:
+    """Stage -> key; a stage that ran for several subjects is numbered."""
+    counted: dict[str, int] = {}
+    keys = {}
+    for name, stored in bench.used:
+        counted[name] = counted.get(name, 0) + 1
+        keys[name if counted[name] == 1 else f"{name}_{counted[name]}"] = stored.key
+    return keys
