@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
-from typing import cast
 
-from tokenizers import Tokenizer
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-from tokenizers.trainers import BpeTrainer
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from bench.micro import world
@@ -46,14 +44,29 @@ def world_words() -> list[str]:
     return sorted({word for text in texts for word in re.findall(r"[a-z]+", text)} | set(EXTRA_WORDS))
 
 
+def _join(symbols: list[str], pair: tuple[str, str]) -> list[str]:
+    joined: list[str] = []
+    for symbol in symbols:
+        if joined and (joined[-1], symbol) == pair:
+            joined[-1] += symbol
+        else:
+            joined.append(symbol)
+    return joined
+
+
 def _train_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges that make each of `words` one token."""
-    model = Tokenizer(BPE(end_of_word_suffix=_WORD_END))
-    model.pre_tokenizer = Sequence([Split(" ", "removed"), ByteLevel(add_prefix_space=False)])
-    trainer = BpeTrainer(vocab_size=100_000, min_frequency=1, end_of_word_suffix=_WORD_END, show_progress=False)
-    model.train_from_iterator([" ".join(words)] * 2, trainer)
-    merges = json.loads(model.to_str())["model"]["merges"]
-    return [cast(tuple[str, str], tuple(m.split(" ") if isinstance(m, str) else m)) for m in merges]
+    """Byte-pair merges that make each of `words` one token.
+
+    The pair seen most often is merged first, the alphabetically first of equals: `tokenizers`' own trainer breaks ties
+    by hash order, and a vocabulary that differs from run to run would not fit the weights.
+    """
+    texts = [[*word[:-1], word[-1] + _WORD_END] for word in words]
+    merges: list[tuple[str, str]] = []
+    while any(len(symbols) > 1 for symbols in texts):
+        pairs = Counter(pair for symbols in texts for pair in pairwise(symbols))
+        merges.append(min(pairs, key=lambda pair: (-pairs[pair], pair)))
+        texts = [_join(symbols, merges[-1]) for symbols in texts]
+    return merges
 
 
 def build_tokenizer() -> CLIPTokenizer:

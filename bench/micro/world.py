@@ -195,7 +195,7 @@ EDITS: dict[str, Edit] = _edits()
 
 
 def _mix(a: Sequence[float], b: Sequence[float], t: float) -> Colour:
-    return cast(Colour, tuple(int(round(x + (y - x) * t)) for x, y in zip(a, b, strict=True)))
+    return cast(Colour, tuple(round(x + (y - x) * t) for x, y in zip(a, b, strict=True)))
 
 
 def _shade(colour: Colour, factor: float) -> Colour:

@@ -21,7 +21,12 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from bench.micro import world
 from bench.micro.models import weights_folder
-from bench.micro.tokenizer import EXTRA_WORDS, MAX_LENGTH, build_tokenizer, save_tokenizer
+from bench.micro.tokenizer import (
+    EXTRA_WORDS,
+    MAX_LENGTH,
+    build_tokenizer,
+    save_tokenizer,
+)
 from bench.micro.train import common
 
 NAME = "micro-clip"

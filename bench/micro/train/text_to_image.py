@@ -9,21 +9,33 @@ a *different* view of the person in the target picture. The text encoder is micr
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import (
-    IPAdapterFaceIDImageProjection,
     ImageProjection,
+    IPAdapterFaceIDImageProjection,
     MultiIPAdapterImageProjection,
 )
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPModel,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
 from bench.micro import world
 from bench.micro.models import weights_folder
@@ -53,7 +65,7 @@ class Recipe:
 
 
 RECIPES = {
-    "a": Recipe("micro-sd-a", "a", "sd_a", (64, 128, 128), common.Schedule(4000, 8e-4, seed=31, warmup=150, ema=0.999)),
+    "a": Recipe("micro-sd-a", "a", "sd_a", (64, 128, 128), common.Schedule(3900, 8e-4, seed=31, warmup=150, ema=0.999)),
     "b": Recipe("micro-sd-b", "b", "sd_b", (48, 96, 128), common.Schedule(3200, 8e-4, seed=32, warmup=150, ema=0.999)),
 }
 
@@ -194,16 +206,28 @@ def load_clip() -> CLIPModel:
     return model.eval().requires_grad_(False)
 
 
-def _prepare(recipe: Recipe, vae: AutoencoderKL, model: CLIPModel) -> Corpus:
-    data = world.dataset(recipe.split, recipe.pictures, views_per_identity=recipe.views)
-    file = common.runs_folder(recipe.name) / "corpus.pt"
+def _cached(recipe: Recipe, key: str, make: Callable[[], Tensor]) -> Tensor:
+    file = common.runs_folder(recipe.name) / f"{key}.pt"
     if not file.exists():
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            latents = autoencoder.encode(vae, data.pixels).float() * vae.config.scaling_factor
-            images = image_embeddings(model, data.pixels)
-            torch.save({"latents": latents, "images": images, "faces": face_embeddings(data.pixels)}, file)
-    state = torch.load(file, weights_only=True)
-    return Corpus(state["latents"], state["images"], state["faces"], data.attributes, recipe.views)
+            torch.save(make(), file)
+    return cast(Tensor, torch.load(file, weights_only=True))
+
+
+def scaled_latents(recipe: Recipe) -> Tensor:
+    """The latents of the recipe's pictures, scaled to unit variance; cached."""
+    vae = autoencoder.load(recipe.which)
+    pixels = world.dataset(recipe.split, recipe.pictures, views_per_identity=recipe.views).pixels
+    return _cached(recipe, "latents", lambda: autoencoder.encode(vae, pixels).float() * vae.config.scaling_factor)
+
+
+def prepare(recipe: Recipe, model: CLIPModel) -> Corpus:
+    """All tables of a recipe; each is computed once and cached in the run's folder."""
+    data = world.dataset(recipe.split, recipe.pictures, views_per_identity=recipe.views)
+    latents = scaled_latents(recipe)
+    images = _cached(recipe, "images", lambda: image_embeddings(model, data.pixels))
+    faces = _cached(recipe, "faces", lambda: face_embeddings(data.pixels))
+    return Corpus(latents, images, faces, data.attributes, recipe.views)
 
 
 def loss_weights(alphas: Tensor, gamma: float = 5.0) -> Tensor:
@@ -292,7 +316,7 @@ def export(recipe: Recipe, unet: UNet2DConditionModel, vae: AutoencoderKL, model
         unet=plain_unet(unet, recipe.channels),
         scheduler=scheduler(),
         safety_checker=None,
-        feature_extractor=None,
+        feature_extractor=clip.image_processor(),
         requires_safety_checker=False,
     )
     save_pipeline(pipe, weights_folder(recipe.name))
@@ -327,7 +351,7 @@ def train(which: str) -> None:
     torch.manual_seed(recipe.schedule.seed)
     vae, model = autoencoder.load(which), load_clip()
     tokenizer = CLIPTokenizer.from_pretrained(weights_folder(clip.NAME))
-    corpus = _prepare(recipe, vae, model)
+    corpus = prepare(recipe, model)
     unet = new_unet(recipe.channels)
     add_adapters(unet, corpus.images.shape[1], corpus.faces.shape[1])
     unet.to(memory_format=torch.channels_last)
