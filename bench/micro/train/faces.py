@@ -44,19 +44,19 @@ RECIPES = {
         "micro-face-1",
         "face_1",
         FaceEncoderConfig(widths=(24, 48, 96, 160), blocks=(1, 1, 1, 1), dimension=128),
-        common.Schedule(steps=1500, lr=2e-3, seed=21, weight_decay=0.05),
+        common.Schedule(steps=1000, lr=2e-3, seed=21, weight_decay=0.05),
     ),
     "2": Recipe(
         "micro-face-2",
         "face_2",
         FaceEncoderConfig(widths=(16, 40, 80, 128), blocks=(1, 1, 2, 1), dimension=96),
-        common.Schedule(steps=1500, lr=2e-3, seed=22, weight_decay=0.05),
+        common.Schedule(steps=600, lr=2e-3, seed=22, weight_decay=0.05),
     ),
     "3": Recipe(
         "micro-face-3",
         "face_3",
         FaceEncoderConfig(widths=(20, 56, 112, 192), blocks=(1, 1, 1, 1), dimension=160),
-        common.Schedule(steps=1500, lr=2e-3, seed=23, weight_decay=0.05),
+        common.Schedule(steps=600, lr=2e-3, seed=23, weight_decay=0.05),
     ),
 }
 
