@@ -1,0 +1,58 @@
+"""From rows to one measurement: the mean, its interval, and a reason where there is no value.
+
+Intervals are over clusters (subjects). A cell that holds one cluster only, the one implanted model of a backdoor
+cell, can say nothing about other models: there the interval is over its samples, and the protocol says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bench.records import Measurement, Row
+from bench.stats import Point, mean_interval, wilson
+
+
+def mean_of(
+    name: str, rows: Sequence[Row], unit: str, better: bool | None, protocol: Mapping[str, Any],
+    over_samples: bool = False,
+) -> Measurement:
+    """The mean over rows that have a value; the interval resamples clusters, or single rows if ``over_samples``."""
+    points = [Point(r.sample if over_samples else r.cluster, r.sample, r.value) for r in rows if r.value is not None]
+    if not points:
+        return missing(name, rows, unit, better, protocol, _why(rows))
+    found = mean_interval(points)
+    return Measurement(name, found.value, found.n, unit, better, found.low, found.high, "", _facts(protocol, over_samples),
+                       tuple(rows))
+
+
+def share_of(
+    name: str, rows: Sequence[Row], better: bool | None, protocol: Mapping[str, Any], reason: str = "",
+) -> Measurement:
+    """The share of rows that are 1 among those that have a value, with Wilson's interval over samples.
+
+    ``reason``: why there is no value when no row has one.
+    """
+    values = [row.value for row in rows if row.value is not None]
+    if not values:
+        return missing(name, rows, "share", better, protocol, reason or _why(rows))
+    hits = sum(value == 1.0 for value in values)
+    low, high = wilson(hits, len(values))
+    return Measurement(name, hits / len(values), len(values), "share", better, low, high, "", _facts(protocol, True),
+                       tuple(rows))
+
+
+def missing(
+    name: str, rows: Sequence[Row], unit: str, better: bool | None, protocol: Mapping[str, Any], reason: str,
+) -> Measurement:
+    """A measurement without a value."""
+    return Measurement(name, None, 0, unit, better, reason=reason, protocol=dict(protocol), rows=tuple(rows))
+
+
+def _facts(protocol: Mapping[str, Any], over_samples: bool) -> dict[str, Any]:
+    return {**protocol, "interval": "over samples" if over_samples else "over clusters"}
+
+
+def _why(rows: Sequence[Row]) -> str:
+    """The rows' own reasons, each once."""
+    return "; ".join(dict.fromkeys(row.reason for row in rows if row.reason)) or "no samples"

@@ -1,0 +1,1 @@
+"""Metrics: one file per measure, from features to value."""
