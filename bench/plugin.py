@@ -119,12 +119,15 @@ class Registry:
     broken: dict[str, str] = field(default_factory=dict)
 
     def add(self, facts: Facts, cls: type) -> None:
-        """Register; a name that is taken is refused, naming both owners (Hydra's store would overwrite)."""
         key = (facts.kind, facts.name)
-        if key in self.facts and self.facts[key].origin != facts.origin:
-            raise BenchError(f"plugin: {facts.kind} '{facts.name}' of {facts.origin} is already taken "
-                             f"by {self.facts[key].origin}.")
         self.facts[key], self.classes[key] = facts, cls
+
+    def refuse_taken(self, facts: Facts) -> None:
+        """A name that is taken is refused, naming both owners (Hydra's store would overwrite)."""
+        owner = self.facts.get((facts.kind, facts.name))
+        if owner and owner.origin != facts.origin:
+            raise BenchError(f"plugin: {facts.kind} '{facts.name}' of {facts.origin} is already taken "
+                             f"by {owner.origin}.")
 
     def names(self, kind: str) -> list[str]:
         return sorted(name for k, name in self.facts if k == kind)
@@ -148,11 +151,12 @@ def plugin(kind: str, name: str, *, track: Sequence[str] = TRACKS, **facts: Any)
     def declare(cls: type[P]) -> type[P]:
         made = cls if is_dataclass(cls) and "__dataclass_fields__" in cls.__dict__ else dataclass(cls)
         origin = f"{cls.__module__}:{cls.__qualname__}"
-        known = Facts(kind, name, tuple(track), origin=origin, summary=_summary(cls),
-                      **{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+        told: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+        known = Facts(kind, name, tuple(track), origin=origin, summary=_summary(cls), **told)
         made.__plugin__ = known  # type: ignore[attr-defined]
-        REGISTRY.add(known, made)
+        REGISTRY.refuse_taken(known)
         _store(known, made)
+        REGISTRY.add(known, made)
         return made
 
     return declare
@@ -163,6 +167,7 @@ def _summary(cls: type) -> str:
 
 
 def _store(facts: Facts, cls: type) -> None:
+    """Raises if a field has no default or a type that a config cannot hold."""
     from hydra.core.config_store import ConfigStore
 
     group = GROUPS.get(facts.kind, facts.kind)

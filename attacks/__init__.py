@@ -1,0 +1,1 @@
+"""Attacks: one file per method, from top to bottom."""

@@ -1,0 +1,204 @@
+"""From the words of a command line to a frozen plan: which cells run, which are done, which are n/a and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain, product, zip_longest
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from bench.compat import check
+from bench.config import Cell, build
+from bench.errors import BenchError
+from bench.explain import explained
+from bench.files import write_atomically
+from bench.identity import plain
+from bench.plugin import facts_of, parameters
+from bench.results import RESULT, Result, read_result
+
+PLAN = "plan.jsonl"
+Compose = Callable[[Sequence[str]], DictConfig]
+"""Overrides -> composed config, with Hydra's own node in it."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One cell and what to do with it: ``run``, ``done``, ``n/a``, or ``left`` as it is."""
+
+    cell: Cell
+    todo: str
+    reason: str = ""
+
+
+def expand(words: Sequence[str], blocks: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Every cell's overrides: each block's product, with the command line's words over it.
+
+    A word whose key a block has replaces the block's values; any other multiplies (a sweep) or adds (one value).
+    """
+    typed = choices(words)
+    found: list[list[str]] = []
+    for block in blocks or [{}]:
+        axes = {**_axes(block), **typed}
+        found += [list(point) for point in product(*axes.values())]
+    return found
+
+
+def _axes(block: Mapping[str, Any]) -> dict[str, list[str]]:
+    axes: dict[str, list[str]] = {}
+    for key, value in block.items():
+        values = value if isinstance(value, list) else [value]
+        axes |= _merged(choices([f"{key}={_word(v, str(key))}" for v in values]), str(key))
+    return axes
+
+
+def _merged(axes: dict[str, list[str]], key: str) -> dict[str, list[str]]:
+    if not axes:
+        raise BenchError(f"blocks: '{key}' has no value; give one value or a list of values.")
+    return axes
+
+
+def _word(value: Any, key: str) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None:
+        return "null"
+    if isinstance(value, (str, int, float)):
+        return str(value)
+    raise BenchError(f"blocks: '{key}' has the value {value}; give a word, a number, or a list of these "
+                     "(a list for one cell is written as text: \"[a,b]\").")
+
+
+def choices(words: Sequence[str]) -> dict[str, list[str]]:
+    """Overrides by key, each with all its values; ``key=a,b`` and two words of one key are both a choice."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    found: dict[str, list[str]] = {}
+    for word in OverridesParser.create().parse_overrides(list(words)):
+        key = word.get_key_element()
+        if word.is_sweep_override() and not word.is_discrete_sweep():
+            raise BenchError(f"'{word.input_line}': a grid needs listed values, such as {key}=1,2,3.")
+        if word.is_sweep_override():
+            values = [f"{key}={value}" for value in word.sweep_string_iterator()]
+        else:
+            values = [word.input_line or f"{key}={word.get_value_element_as_str()}"]
+        known = found.setdefault(key, [])
+        known += [value for value in values if value not in known]
+    return found
+
+
+def resolve_cells(points: Iterable[Sequence[str]], compose: Compose) -> list[Cell]:
+    """Compose and build every point; equal cells are one. Raises once, with everything that is wrong."""
+    cells: dict[str, Cell] = {}
+    errors: dict[str, int] = {}
+    for point in points:
+        try:
+            cell = cell_of(point, compose)
+            cells.setdefault(cell.id, cell)
+        except Exception as error:  # Hydra, OmegaConf and plugins each raise their own
+            message = str(explained(error))
+            errors[message] = errors.get(message, 0) + 1
+    if errors:
+        raise BenchError(_all(errors))
+    return list(cells.values())
+
+
+def cell_of(point: Sequence[str], compose: Compose) -> Cell:
+    """The cell of one list of overrides."""
+    cfg = compose(point)
+    chosen = {str(k): str(v) for k, v in OmegaConf.select(cfg, "hydra.runtime.choices").items()}
+    return build(cfg, chosen, tuple(point))
+
+
+def _all(errors: Mapping[str, int]) -> str:
+    if len(errors) == 1:
+        return next(iter(errors))
+    lines = [f"  {message}" + (f" ({n} cells)" if n > 1 else "") for message, n in errors.items()]
+    return "\n".join([f"{len(errors)} things are wrong, nothing was started:", *lines])
+
+
+def plan(cells: Sequence[Cell], results: Path, mode: str) -> list[Planned]:
+    """What to do with each cell. ``cached``: what is not finished (failed before counts as missing); ``retry``:
+    only what failed before; ``force``: everything again, from the stored stages."""
+    return [_planned(cell, results, mode) for cell in cells]
+
+
+def _planned(cell: Cell, results: Path, mode: str) -> Planned:
+    if reason := check(cell):
+        return Planned(cell, "n/a", reason)
+    before = result_of(cell.folder(results))
+    status = before.status if before else ""
+    if mode == "force" or status == "failed":
+        return Planned(cell, "run", "failed before" if status == "failed" else "")
+    if before and status == "ok":
+        missing = unmeasured(cell, before)
+        return Planned(cell, "run", f"lacks {', '.join(missing)}") if missing else Planned(cell, "done")
+    if mode == "retry":
+        return Planned(cell, "left", "did not fail before; mode=retry runs only what did")
+    return Planned(cell, "run")
+
+
+def unmeasured(cell: Cell, result: Result) -> list[str]:
+    """Metrics that are asked for and not in the result with these options."""
+    found = [(m.metric, m.version, m.parameters) for m in result.measurements]
+    return [name for name, metric in cell.metrics.items()
+            if (name, facts_of(metric).version, plain(parameters(metric))) not in found]
+
+
+def result_of(folder: Path) -> Result | None:
+    """The result in a cell's folder, or None where no valid one lies."""
+    if not (folder / RESULT).is_file():
+        return None
+    try:
+        return read_result(folder)
+    except BenchError:
+        return None
+
+
+def in_order(cells: Sequence[Cell]) -> list[Cell]:
+    """The same cells, such that neighbours rarely wait for one stage: round-robin over what each builds first."""
+    rounds: dict[tuple[Any, ...], list[Cell]] = {}
+    for cell in cells:
+        rounds.setdefault(_first_stage(cell), []).append(cell)
+    columns = zip_longest(*rounds.values())
+    return [cell for cell in chain.from_iterable(columns) if cell is not None]
+
+
+def _first_stage(cell: Cell) -> tuple[Any, ...]:
+    """Of customization the protected photos, of backdoors the implant."""
+    method = cell.attack if cell.track == "backdoor" else cell.defense
+    return cell.track, cell.model, repr(cell.data), repr(method), cell.seed
+
+
+def freeze(planned: Sequence[Planned], results: Path) -> Iterator[Path]:
+    """Write ``plan.jsonl`` beside each suite's cells; yields the files."""
+    for suite in dict.fromkeys(p.cell.suite for p in planned):
+        lines = [json.dumps(_line(p)) for p in planned if p.cell.suite == suite]
+        path = results / suite / PLAN
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, "\n".join(lines) + "\n")
+        yield path
+
+
+def _line(planned: Planned) -> dict[str, Any]:
+    return {"cell": planned.cell.id, "title": planned.cell.title(), "track": planned.cell.track,
+            "plan": planned.todo, "reason": planned.reason, "overrides": list(planned.cell.overrides)}
+
+
+def read_plan(folder: Path) -> list[dict[str, str]]:
+    """Every planned cell of a suite with the state of its result: ``ok``, ``n/a``, ``failed`` or ``missing``."""
+    path = folder / PLAN
+    if not path.is_file():
+        raise BenchError(f"status: {folder} holds no {PLAN}; run its grid first (bench -m ...).")
+    return [_state(json.loads(line), folder) for line in path.read_text().splitlines()]
+
+
+def _state(line: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    result = result_of(folder / line["cell"])
+    if result is None:
+        return {"cell": line["cell"], "title": line["title"], "status": "missing", "reason": ""}
+    reason = result.error.message if result.error else result.reason
+    return {"cell": line["cell"], "title": line["title"], "status": result.status, "reason": reason}

@@ -1,0 +1,80 @@
+"""What a comparison within a track must share: prompts, samplers, sample counts. Part of a cell's identity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from bench.errors import BenchError, unknown
+
+SAMPLERS = ("ddim", "ddpm")
+
+
+def _prompts() -> list[str]:
+    return ["a photo of {token} person", "a dslr portrait of {token} person"]
+
+
+@dataclass
+class CustomizationProtocol:
+    """How the attacker's model is asked for pictures of a subject.
+
+    ``prompts``: ``{token}`` stands for the word that names the person. ``per_prompt``: images per prompt and
+    subject. ``steps``, ``guidance``: of the sampler, guidance 1 means none.
+    """
+
+    prompts: list[str] = field(default_factory=_prompts)
+    per_prompt: int = 8
+    sampler: str = "ddim"
+    steps: int = 25
+    guidance: float = 7.5
+
+    def __post_init__(self) -> None:
+        _require_prompts(self.prompts)
+        _require_sampler("customization", self.sampler)
+        _require_range("customization.per_prompt", self.per_prompt, 1, 10_000)
+        _require_range("customization.steps", self.steps, 1, 1000)
+        _require_range("customization.guidance", self.guidance, 0, 100)
+
+
+@dataclass
+class BackdoorProtocol:
+    """How models are sampled, without and with the trigger. ``samples``: images per model, from the same seeds."""
+
+    samples: int = 128
+    sampler: str = "ddpm"
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        _require_sampler("backdoor", self.sampler)
+        _require_range("backdoor.samples", self.samples, 2, 1_000_000)
+        _require_range("backdoor.steps", self.steps, 1, 1000)
+
+
+Protocol = CustomizationProtocol | BackdoorProtocol
+
+
+def _require_prompts(prompts: list[str]) -> None:
+    if not prompts:
+        raise BenchError("customization.prompts is empty; give at least one prompt with {token} in it.")
+    for prompt in prompts:
+        if "{token}" not in prompt or _fields(prompt) != {"token"}:
+            raise BenchError(f"customization.prompts: '{prompt}' must contain {{token}}, the word that names the "
+                             "person, and no other braces.")
+
+
+def _fields(prompt: str) -> set[str | None]:
+    from string import Formatter
+
+    try:
+        return {name for _, name, _, _ in Formatter().parse(prompt) if name is not None}
+    except ValueError:
+        return set()
+
+
+def _require_sampler(where: str, sampler: str) -> None:
+    if sampler not in SAMPLERS:
+        raise unknown("sampler", sampler, f"{where}.sampler", SAMPLERS)
+
+
+def _require_range(where: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise BenchError(f"{where}={value} is out of range; give {low:g} to {high:g}.")

@@ -1,0 +1,1 @@
+"""Defenses: one file per method, from top to bottom."""
