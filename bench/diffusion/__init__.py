@@ -1,0 +1,1 @@
+"""What methods share: finding and loading models, losses, projected gradient, fine-tuning, sampling."""
