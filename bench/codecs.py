@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 from bench.errors import BenchError
 from bench.files import inside
 from bench.identity import digest, file_digest, plain
-from bench.records import Adapter, Customised, Generations, ImageSet, Measurement, Model, Row, Secret
+from bench.records import (
+    Adapter,
+    Customised,
+    Generations,
+    ImageSet,
+    Measurement,
+    Model,
+    Row,
+    Secret,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,18 +5,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from bench.codecs import (  # noqa: E402
-    CustomisedCodec, GenerationsCodec, ImageSetCodec, ImageSetsCodec, ImplantCodec, MeasurementsCodec, ModelCodec,
+from bench.codecs import (
+    CustomisedCodec,
+    GenerationsCodec,
+    ImageSetCodec,
+    ImageSetsCodec,
+    ImplantCodec,
+    MeasurementsCodec,
+    ModelCodec,
 )
-from bench.errors import BenchError  # noqa: E402
-from bench.identity import digest  # noqa: E402
-from bench.records import (  # noqa: E402
-    Adapter, Customised, Generations, ImageSet, Measurement, Model, Row, Secret,
+from bench.errors import BenchError
+from bench.identity import digest
+from bench.records import (
+    Adapter,
+    Customised,
+    Generations,
+    ImageSet,
+    Measurement,
+    Model,
+    Row,
+    Secret,
 )
-from bench.store import Store  # noqa: E402
+from bench.store import Store
 
 
 def images(n: int = 3, size: tuple[int, int] = (5, 7), names: tuple[str, ...] | None = None) -> ImageSet:

@@ -12,8 +12,20 @@ from bench.errors import BenchError
 from bench.plugin import REGISTRY, plugin
 from bench.records import Measurement, Row
 from bench.results import (
-    CellRecord, ErrorRecord, ModelRecord, PluginRecord, Result, SampleRow, measurement_record, plugin_record,
-    protocol_hash, read_result, read_rows, read_suite, sample_rows, write_result,
+    CellRecord,
+    ErrorRecord,
+    ModelRecord,
+    PluginRecord,
+    Result,
+    SampleRow,
+    measurement_record,
+    plugin_record,
+    protocol_hash,
+    read_result,
+    read_rows,
+    read_suite,
+    sample_rows,
+    write_result,
 )
 
 
@@ -53,7 +65,8 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_images(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     from bench.codecs import read_png
 
     pixels = torch.randint(0, 256, (3, 4, 6), dtype=torch.uint8)

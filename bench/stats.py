@@ -1,0 +1,207 @@
+"""Intervals and comparisons over units of statistics: subjects, or implanted models, never single images.
+
+Everything is deterministic: a resampling draws from a generator that is seeded by the data themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+RESAMPLES = 4000
+LEVEL = 0.95
+FEWEST = 3
+"""Units below which no interval is claimed: two points say nothing about the spread of a population."""
+Z = 1.959963984540054
+"""The normal distribution's 97.5 % point."""
+EXACT = 14
+"""Units up to which the sign-flip test goes through all 2^k signs."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """One sample. ``unit``: the cluster it belongs to; ``sample``: what to match it by, within the unit."""
+
+    unit: str
+    sample: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over ``n`` samples of ``units`` units, with its 95 % interval; ``reason``: why there is none."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    units: int
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean paired difference, a minus b. ``wins``: share of resamplings in which it is below 0; ``p``: two-sided
+    sign-flip test over units. ``n``, ``units``: what could be matched."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    units: int
+    wins: float | None = None
+    p: float | None = None
+    reason: str = ""
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+
+
+def mean_interval(points: Sequence[Point], resamples: int = RESAMPLES) -> Estimate:
+    """The mean over samples, and its percentile interval when whole units are resampled with replacement.
+
+    Where every value is 0 or 1 the interval also covers Wilson's, so that twenty hits in twenty are no certainty.
+    """
+    if not points:
+        return Estimate(None, None, None, 0, 0, "no values")
+    sums, counts = _by_unit(points)
+    value, units = math.fsum(p.value for p in points) / len(points), len(sums)
+    if units < FEWEST:
+        return Estimate(value, None, None, len(points), units, too_few(units))
+    low, high = _percentiles(_resampled_means(sums, counts, resamples))
+    if all(p.value in (0.0, 1.0) for p in points):
+        below, above = wilson(round(sum(p.value for p in points)), len(points))
+        low, high = min(low, below), max(high, above)
+    return Estimate(value, low, high, len(points), units)
+
+
+def too_few(units: int) -> str:
+    return f"{units} unit{'s' if units != 1 else ''}: no interval is claimed below {FEWEST}"
+
+
+def wilson(hits: int, n: int, z: float = Z) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (Wilson 1927), for independent trials."""
+    if n < 1 or not 0 <= hits <= n:
+        raise ValueError(f"wilson: {hits} hits in {n} trials")
+    share, spread = hits / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    return (0.0 if hits == 0 else low), (1.0 if hits == n else high)
+
+
+def paired_difference(a: Sequence[Point], b: Sequence[Point], resamples: int = RESAMPLES) -> Difference:
+    """The mean of a - b over samples that both have (same unit, same sample), resampled by unit."""
+    other = {(p.unit, p.sample): p.value for p in b}
+    matched = [Point(p.unit, p.sample, p.value - other[p.unit, p.sample]) for p in a if (p.unit, p.sample) in other]
+    if not matched:
+        return Difference(None, None, None, 0, 0, reason="no sample in common")
+    sums, counts = _by_unit(matched)
+    value, units = math.fsum(p.value for p in matched) / len(matched), len(sums)
+    if units < FEWEST:
+        return Difference(value, None, None, len(matched), units, reason=too_few(units))
+    drawn = _resampled_means(sums, counts, resamples)
+    low, high = _percentiles(drawn)
+    wins = float((drawn < 0).mean() + (drawn == 0).mean() / 2)
+    return Difference(value, low, high, len(matched), units, wins, sign_flip(sums))
+
+
+def sign_flip(sums: NDArray[np.float64]) -> float:
+    """Two-sided p of the hypothesis that each unit's difference was as likely to have the other sign (Fisher 1935).
+
+    Exact up to 14 units: with k units it cannot be below 2 / 2^k, so three units never suffice for 0.05.
+    """
+    import numpy as np
+
+    k = len(sums)
+    if k <= EXACT:
+        signs = (np.arange(2**k)[:, None] >> np.arange(k)) % 2 * 2 - 1
+    else:
+        signs = _generator(sums).integers(0, 2, (20000, k)) * 2 - 1
+        signs[0] = 1  # the data themselves count as one of the draws, so that p is never 0
+    totals = np.abs(signs @ sums)
+    return float((totals >= abs(sums.sum()) * (1 - 1e-12) - 1e-15).mean())
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment (Holm 1979): adjusted p-values, in the order given."""
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = running
+    return adjusted
+
+
+def share_of_wins(rows: Mapping[str, Sequence[Point]], lower_is_better: bool, resamples: int = RESAMPLES,
+                  ) -> dict[str, float]:
+    """How often each of ``rows`` comes first when the units that all of them have are resampled together; a tie is
+    shared. Empty with fewer than 3 common units."""
+    import numpy as np
+
+    tables = {name: _unit_means(points) for name, points in rows.items()}
+    common = sorted(set.intersection(*(set(t) for t in tables.values()))) if tables else []
+    if len(common) < FEWEST:
+        return {}
+    values = np.array([[tables[name][unit] for unit in common] for name in rows])
+    weights = _weights(len(common), resamples, _generator(values))
+    scores = weights @ values.T * (1 if lower_is_better else -1)
+    best = np.isclose(scores, scores.min(axis=1, keepdims=True), rtol=0, atol=1e-12)
+    shares = (best / best.sum(axis=1, keepdims=True)).mean(axis=0)
+    return {name: float(share) for name, share in zip(rows, shares, strict=True)}
+
+
+def _unit_means(points: Sequence[Point]) -> dict[str, float]:
+    grouped: dict[str, list[float]] = {}
+    for point in points:
+        grouped.setdefault(point.unit, []).append(point.value)
+    return {unit: math.fsum(values) / len(values) for unit, values in grouped.items()}
+
+
+def _by_unit(points: Sequence[Point]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sum and count of each unit, in the order of their names, whatever the order of ``points``."""
+    import numpy as np
+
+    grouped: dict[str, list[float]] = {}
+    for point in points:
+        grouped.setdefault(point.unit, []).append(point.value)
+    units = sorted(grouped)
+    # fsum is exact, so the order of samples changes no bit.
+    return (np.array([math.fsum(grouped[u]) for u in units]), np.array([float(len(grouped[u])) for u in units]))
+
+
+def _resampled_means(sums: NDArray[np.float64], counts: NDArray[np.float64], resamples: int) -> NDArray[np.float64]:
+    import numpy as np
+
+    weights = _weights(len(sums), resamples, _generator(np.stack([sums, counts])))
+    means: NDArray[np.float64] = (weights @ sums) / (weights @ counts)
+    return means
+
+
+def _weights(units: int, resamples: int, generator: np.random.Generator) -> NDArray[np.float64]:
+    """How often each unit was drawn: [resamples, units]."""
+    import numpy as np
+
+    return generator.multinomial(units, np.full(units, 1 / units), size=resamples).astype(np.float64)
+
+
+def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
+    import numpy as np
+
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def _generator(data: Any) -> np.random.Generator:
+    import numpy as np
+
+    content = hashlib.sha256(np.ascontiguousarray(data).tobytes()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(content[:16], "big")))
