@@ -17,13 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.errors import BenchError
+from bench.errors import BenchError, unknown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+MICRO_ENCODERS = ("micro-face-1", "micro-face-2", "micro-face-3")
+"""The last one is the judge: it scores, and no defense or attack uses it."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -141,6 +143,7 @@ def save_face_encoder(encoder: FaceEncoder, folder: Path) -> None:
     state = encoder.state_dict()
     halves = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in state.items()}
     save_file(halves, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)
     text = json.dumps({"_class_name": "FaceEncoder", **asdict(encoder.config)}, indent=2)
     (folder / CONFIG_FILE).write_text(text + "\n")
 
@@ -195,6 +198,22 @@ def _config_from(values: dict[str, Any], file: Path) -> FaceEncoderConfig:
     if wrong := sorted(set(values) ^ known):
         raise BenchError(f"face encoder: {file} has missing or unknown entries {wrong}; it needs {sorted(known)}.")
     return FaceEncoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def recogniser(name: str) -> FaceRecogniser:
+    """The recogniser called `name`: one of the micro tier (`micro-face-1`), `insightface:<pack or folder>`, or a folder.
+
+    Raises `BenchError` for anything else, naming what there is.
+    """
+    from bench.micro.models import weights_folder
+
+    if name.startswith("insightface:"):
+        return insightface_recogniser(name.removeprefix("insightface:"))
+    if name in MICRO_ENCODERS:
+        return load_face_encoder(weights_folder(name))
+    if Path(name).expanduser().is_dir():
+        return load_face_encoder(Path(name).expanduser())
+    raise unknown("face recogniser", name, "faces", (*MICRO_ENCODERS, "insightface:<pack>", "<folder>"))
 
 
 @dataclass

@@ -17,8 +17,11 @@ from bench.faces import (
     InsightFaceRecogniser,
     insightface_recogniser,
     load_face_encoder,
+    recogniser,
     save_face_encoder,
 )
+from bench.micro import models, world
+from bench.micro.train import faces as training
 
 SMALL = FaceEncoderConfig(widths=(4, 8), blocks=(1, 2), dimension=6, size=16)
 
@@ -161,3 +164,90 @@ def test_a_broken_insightface_pack_gives_one_clear_error(tmp_path: Path) -> None
     (tmp_path / "det_10g.onnx").write_bytes(b"no model")
     with pytest.raises(BenchError, match="cannot be used"):
         insightface_recogniser(tmp_path)
+
+
+def test_recognisers_are_found_by_name_and_by_folder(tmp_path: Path) -> None:
+    save_face_encoder(small_encoder(), tmp_path)
+    assert recogniser(str(tmp_path)).embed(torch.rand(1, 3, 16, 16))[0].shape == (1, 6)
+    with pytest.raises(BenchError, match="Did you mean micro-face-"):
+        recogniser("micro-face-9")
+    with pytest.raises(BenchError, match="missing-pack"):
+        recogniser("insightface:missing-pack")
+
+
+ENCODERS = ("micro-face-1", "micro-face-2", "micro-face-3")
+
+
+@pytest.fixture(scope="module")
+def unseen() -> tuple[np.ndarray, np.ndarray]:
+    """Three pictures each of 80 people that no encoder was trained or calibrated on."""
+    return training.draw_people(world.SPLITS["card"][:80], views=3, seed=1)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_shipped_encoder_tells_unseen_people_apart(name: str, unseen: tuple[np.ndarray, np.ndarray]) -> None:
+    encoder = load_face_encoder(models.weights_folder(name))
+    embeddings, found = encoder.embed(torch.from_numpy(unseen[0] / np.float32(255)))
+    same, different = training.pair_cosines(embeddings, unseen[1])
+    assert training.area_under_curve(same, different) >= 0.995
+    assert float(found.float().mean()) >= 0.99
+    threshold = encoder.config.similarity_threshold
+    assert float((different >= threshold).float().mean()) <= 0.005
+    assert float((same >= threshold).float().mean()) >= 0.6
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_a_shipped_encoder_finds_no_face_where_there_is_none(name: str, unseen: tuple[np.ndarray, np.ndarray]) -> None:
+    encoder = load_face_encoder(models.weights_folder(name))
+    rng = np.random.default_rng(2)
+    faces = torch.from_numpy(unseen[0][:120] / np.float32(255))
+    drawn = torch.from_numpy(training.draw_others(world.SPLITS["card"], 120, 3) / np.float32(255))
+    assert float(encoder.embed(training.no_faces(rng, faces, drawn))[1].float().mean()) <= 0.06
+    grey, noise = torch.full((1, 3, 64, 64), 0.5), torch.rand(8, 3, 64, 64)
+    assert not encoder.embed(torch.cat([grey, noise]))[1].any()
+
+
+def test_the_judge_shares_its_people_and_its_width_with_no_other_encoder() -> None:
+    configs = [load_face_encoder(models.weights_folder(name)).config for name in ENCODERS]
+    assert len({c.widths for c in configs}) == len({c.dimension for c in configs}) == 3
+    for recipe in training.RECIPES.values():
+        people = world.SPLITS[recipe.split]
+        assert recipe.people + training.CALIBRATION_PEOPLE <= len(people)
+        others = [r for name, r in world.SPLITS.items() if name != recipe.split]
+        assert all(people.stop <= o.start or o.stop <= people.start for o in others)
+
+
+def test_the_area_under_the_curve_counts_pairs() -> None:
+    rng = np.random.default_rng(0)
+    same, different = torch.from_numpy(rng.integers(0, 9, 30) + 2.0), torch.from_numpy(rng.integers(0, 9, 40) + 0.0)
+    counted = np.mean([(a > b) + 0.5 * (a == b) for a in same.tolist() for b in different.tolist()])
+    assert training.area_under_curve(same, different) == pytest.approx(counted)
+
+
+def test_pairs_are_all_pairs_once() -> None:
+    embeddings = torch.eye(4)
+    embeddings[1] = embeddings[0]
+    same, different = training.pair_cosines(embeddings, np.array([5, 5, 6, 5]))
+    assert sorted(same.tolist()) == [0.0, 0.0, 1.0] and len(different) == 3
+
+
+def test_the_margin_lowers_the_true_class_only() -> None:
+    cosine = torch.tensor([[0.5, 0.2], [0.1, -0.3]])
+    logits = training.margin_logits(cosine, torch.tensor([0, 1]), scale=10.0, margin=0.3)
+    assert torch.allclose(logits, torch.tensor([[2.0, 2.0], [1.0, -6.0]]))
+
+
+def test_harms_keep_the_shape_and_do_what_they_say() -> None:
+    rng = np.random.default_rng(0)
+    pixels = torch.rand(4, 3, 64, 64)
+    assert torch.allclose(training.jpeg_like(pixels, torch.full((4, 1, 1, 1), 1e-6)), pixels, atol=1e-4)
+    sigma = torch.tensor([0.3, 1.0, 2.0, 4.0])[:, None, None, None]
+    spread = training.blur(pixels, sigma).flatten(1).std(1)
+    assert bool((spread.diff() < 0).all())
+    flat = torch.full((2, 3, 64, 64), 0.3)
+    assert torch.allclose(training.blur(flat, sigma[:2]), flat, atol=1e-6)
+    mixed = training.scramble(rng, pixels, 16)
+    assert not torch.equal(mixed, pixels)
+    assert torch.equal(mixed.flatten(2).sort().values, pixels.flatten(2).sort().values)
+    harmed = training.imperfect(rng, pixels)
+    assert harmed.shape == pixels.shape and 0 <= float(harmed.min()) and float(harmed.max()) <= 1

@@ -30,8 +30,8 @@ class Recipe:
     """How many pictures, how wide and how long."""
 
     schedule: common.Schedule
-    pictures: int = 24_000
-    views: int = 4
+    pictures: int = 16_000
+    views: int = 2
     channels: tuple[int, ...] = (16, 32, 64, 128)
     batch: int = 64
 

@@ -51,12 +51,16 @@ RECIPES = {
         "face_2",
         FaceEncoderConfig(widths=(16, 40, 80, 128), blocks=(1, 1, 2, 1), dimension=96),
         common.Schedule(steps=600, lr=2e-3, seed=22, weight_decay=0.05),
+        people=3000,
+        views=6,
     ),
     "3": Recipe(
         "micro-face-3",
         "face_3",
         FaceEncoderConfig(widths=(20, 56, 112, 192), blocks=(1, 1, 1, 1), dimension=160),
         common.Schedule(steps=600, lr=2e-3, seed=23, weight_decay=0.05),
+        people=3000,
+        views=6,
     ),
 }
 
