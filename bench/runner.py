@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from bench.codecs import MeasurementsCodec
@@ -13,14 +12,21 @@ from bench.config import Cell, Settings
 from bench.errors import BenchError, Incompatible
 from bench.outcomes import cell_record, failed, not_applicable
 from bench.plugin import identity
-from bench.progress import bar
-from bench.provenance import provenance
+from bench.progress import shown
+from bench.provenance import now, provenance
 from bench.results import (
-    CellRecord, MeasurementRecord, Result, StageRecord, measurement_record, plugin_record, sample_rows, stage_record,
+    CellRecord,
+    MeasurementRecord,
+    Result,
+    StageRecord,
+    measurement_record,
+    plugin_record,
+    sample_rows,
+    stage_record,
     write_result,
 )
 from bench.store import Store
-from bench.tracking import log_cell
+from bench.tracking import NullTracker, Tracker, WandbTracker, mirrored
 from bench.workbench import Outcome, Workbench
 
 if TYPE_CHECKING:
@@ -36,8 +42,8 @@ def run_cell(cell: Cell, settings: Settings) -> Result:
     Whatever the cell raises becomes a result of status ``failed`` with its traceback; only an interrupt or an exit
     passes through. A second call reuses every stage that the first one finished.
     """
-    started = datetime.now(UTC)
-    with bar(cell.title()) as progress:
+    started = now()
+    with shown(cell.title()) as progress:
         bench = Workbench(Store(settings.store), settings.device, progress)
         try:
             fix_numerics(settings)
@@ -46,8 +52,8 @@ def run_cell(cell: Cell, settings: Settings) -> Result:
             result = not_applicable(cell, str(reason))
         except Exception as error:
             log.error("%s: %s: %s", cell.title(), type(error).__name__, error)
-            shown = "" if isinstance(error, BenchError) else traceback.format_exc()
-            result = failed(cell, type(error).__name__, str(error), shown)
+            trace = "" if isinstance(error, BenchError) else traceback.format_exc()
+            result = failed(cell, type(error).__name__, str(error), trace)
     update = {"provenance": provenance(started, cell.overrides), "cost": costs(bench)}
     return write_result(result.model_copy(update=update), [], {}, cell.folder(settings.results))
 
@@ -90,7 +96,7 @@ def track_of(cell: Cell) -> Any:
 
 def finish(
     cell: Cell, settings: Settings, bench: Workbench, outcome: Outcome, found: Mapping[str, list[Measurement]],
-    started: datetime,
+    started: str,
 ) -> Result:
     """Write the record of a cell that ran to its end, and mirror it to the tracker."""
     record = cell_record(cell)
@@ -101,9 +107,14 @@ def finish(
         warnings=[w for _, stored in bench.used for w in stored.warnings] + list(cell.skipped.values()),
     )
     rows, folder = sample_rows(everything), cell.folder(settings.results)
-    lost = log_cell(result, rows, outcome.pictures, settings)
-    result = result.model_copy(update={"warnings": [*result.warnings, *lost]})
+    result = mirrored(tracker_of(settings), result, rows, outcome.pictures, folder)
     return write_result(result, rows, outcome.pictures, folder)
+
+
+def tracker_of(settings: Settings) -> Tracker:
+    """W&B as the config wants it."""
+    chosen = settings.tracker
+    return NullTracker() if chosen.wandb == "disabled" else WandbTracker(chosen.project, chosen.wandb)
 
 
 def records(
