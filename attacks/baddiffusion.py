@@ -103,8 +103,8 @@ class BadDiffusion:
         if not 1 <= wanted <= length:
             raise BenchError(f"baddiffusion: sampling_steps={wanted} does not fit the model's {length}-step schedule.")
         if scheduler.config.prediction_type != "epsilon":
-            raise BenchError(f"baddiffusion: the model predicts '{scheduler.config.prediction_type}', but the attack is "
-                             f"defined for models that predict 'epsilon', the noise.")
+            raise BenchError(f"baddiffusion: the model predicts '{scheduler.config.prediction_type}', but the attack "
+                             f"is defined for models that predict 'epsilon', the noise.")
         return shifted_path(scheduler.alphas_cumprod, sampler="ddpm", stride=length // wanted)
 
 

@@ -51,7 +51,7 @@ class Clip:
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] to float64 [n, d]: resized (bicubic, antialiased), centre cropped, projected."""
-        return torch.cat([self._images(part) for part in pixels.split(BATCH)]).double().cpu()
+        return torch.cat([self._images(part) for part in _batches(pixels)]).double().cpu()
 
     def _images(self, pixels: Tensor) -> Tensor:
         x = centre_square(pixels.to(self.device).float() / 255, self.size)
@@ -68,6 +68,10 @@ class Clip:
         pooled = self.model.text_model(tokens.input_ids, attention_mask=tokens.attention_mask).pooler_output
         projected: Tensor = self.model.text_projection(pooled)
         return projected.double().cpu()
+
+
+def _batches(pixels: Tensor) -> list[Tensor]:
+    return [pixels[start:start + BATCH] for start in range(0, len(pixels), BATCH)]
 
 
 def centre_square(x: Tensor, size: int) -> Tensor:
@@ -103,8 +107,8 @@ def clip_folder(name: str) -> Path:
     folder = weights_folder(name) if name.startswith("micro-") else Path(name).expanduser()
     for file in ("config.json", "model.safetensors"):
         if not (folder / file).is_file():
-            raise BenchError(f"extractor '{name}': {folder / file} is missing. Give micro-clip, inception, or the folder "
-                             f"of a CLIPModel with safetensors weights.")
+            raise BenchError(f"extractor '{name}': {folder / file} is missing. Give micro-clip, inception, or the "
+                             f"folder of a CLIPModel with safetensors weights.")
     return folder
 
 
@@ -129,7 +133,7 @@ class Inception:
     @torch.no_grad()
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] to float64 [n, 2048]."""
-        return torch.cat([self.network(part.to(self.device))[0] for part in pixels.split(BATCH)]).double().cpu()
+        return torch.cat([self.network(part.to(self.device))[0] for part in _batches(pixels)]).double().cpu()
 
 
 @lru_cache(maxsize=1)

@@ -22,8 +22,8 @@ def mean_of(
     if not points:
         return missing(name, rows, unit, better, protocol, _why(rows))
     found = mean_interval(points)
-    return Measurement(name, found.value, found.n, unit, better, found.low, found.high, "", _facts(protocol, over_samples),
-                       tuple(rows))
+    facts = _facts(protocol, over_samples)
+    return Measurement(name, found.value, found.n, unit, better, found.low, found.high, "", facts, tuple(rows))
 
 
 def share_of(

@@ -95,7 +95,11 @@ def measure_sets(
     found = [_measurement(name, distance, sets, weights, unit, facts)]
     if sets.before is not None:
         clean = prepare(sets.before, sets.real)
-        found.append(_measurement(f"{name}_rise", lambda w, v: distance(w, v) - clean(w, v), sets, weights, unit, facts))
+
+        def rise(w: Array, v: Array) -> float:
+            return distance(w, v) - clean(w, v)
+
+        found.append(_measurement(f"{name}_rise", rise, sets, weights, unit, facts))
     return found
 
 

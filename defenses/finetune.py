@@ -50,7 +50,8 @@ class FineTune:
                     clip=self.grad_clip)
         fit(unet, lambda: loss_of(next(rows)), plan, ctx, "finetune")
         part = save_part(unet, ctx.folder, "unet")
-        return replace(suspicious, parts={**suspicious.parts, "unet": part}, digest=digest([suspicious.digest, ctx.key]))
+        parts = {**suspicious.parts, "unet": part}
+        return replace(suspicious, parts=parts, digest=digest([suspicious.digest, ctx.key]))
 
 
 def _unconditional(model: Model, data: ImageSet, ctx: Context) -> tuple[Any, Callable[[Tensor], Tensor]]:
@@ -61,8 +62,8 @@ def _unconditional(model: Model, data: ImageSet, ctx: Context) -> tuple[Any, Cal
     unet, scheduler = load_unconditional(model, ctx.device)
     size = unet.config.sample_size
     if tuple(data.pixels.shape[2:]) != (size, size):
-        raise BenchError(f"finetune: clean images are {list(data.pixels.shape[2:])} pixels, but the model draws {size}; "
-                         f"set data.size={size}.")
+        raise BenchError(f"finetune: clean images are {list(data.pixels.shape[2:])} pixels, but the model draws "
+                         f"{size}; set data.size={size}.")
     noises = ctx.generator("noise")
 
     def loss(rows: Tensor) -> Tensor:
@@ -80,8 +81,8 @@ def _captioned(model: Model, data: ImageSet, ctx: Context) -> tuple[Any, Callabl
     from bench.diffusion.losses import encode_latents, encode_prompts, noise_prediction_loss
 
     if not data.captions:
-        raise BenchError("finetune: a text-to-image model is trained on captioned images, but the data has no captions; "
-                         "put a .txt beside each image.")
+        raise BenchError("finetune: a text-to-image model is trained on captioned images, but the data has no "
+                         "captions; put a .txt beside each image.")
     parts = load_components(model, ctx.device)
     noises = ctx.generator("noise")
 

@@ -20,11 +20,12 @@ UNIT = "squared difference, range 0 to 1"
 @plugin("metric", "asr", track=("backdoor",), paper="Chou et al., How to Backdoor Diffusion Models?, CVPR 2023")
 class AttackSuccess:
     """Share of triggered samples of the defended model that are the target (``asr``), before the defense
-    (``asr@implanted``), and how often the same rule is met without a backdoor at work: ``false_asr`` (implanted model,
-    no trigger) and ``false_asr@clean`` (clean model with the trigger). ``mse_target``: mean squared error to the target.
+    (``asr@implanted``), and how often the same rule is met without a backdoor at work: ``false_asr`` (implanted
+    model, no trigger) and ``false_asr@clean`` (clean model with the trigger). ``mse_target``: mean squared error to
+    the target.
 
-    A sample counts when its error is below a threshold calibrated on the clean model's samples (``asr_threshold``: their
-    1 % quantile, at most 0.01) and the target is the nearest picture of a fixed gallery.
+    A sample counts when its error is below a threshold calibrated on the clean model's samples (``asr_threshold``:
+    their 1 % quantile, at most 0.01) and the target is the nearest picture of a fixed gallery.
     """
 
     def measure(self, evidence: Evidence, ctx: Context) -> list[Measurement]:

@@ -59,7 +59,8 @@ class Fid:
     def _too_few(self, sets: Sets) -> str:
         width = sets.real.shape[1]
         if not 0 <= self.components <= width:
-            raise BenchError(f"fid: components={self.components} is out of range; {self.extractor} has {width} (0 for all).")
+            raise BenchError(f"fid: components={self.components} is out of range; {self.extractor} has {width} "
+                             f"(0 for all).")
         dimensions, n, m = self.components or width, len(sets.generated), len(sets.real)
         if min(n, m) > dimensions:
             return ""

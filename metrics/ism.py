@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from bench.faces import FaceRecogniser
 
 NO_TEMPLATE = "no face was found in the subject's photos of sets A and C"
+BATCH = 64
 Scores = dict[str, list[Row]]
 
 
@@ -41,12 +42,12 @@ class IdentityScore:
 
     def measure(self, evidence: Evidence, ctx: Context) -> list[Measurement]:
         """Four measurements per recogniser; intervals over subjects."""
-        from bench.faces import recogniser
-
         if not isinstance(evidence, CustomizationEvidence):
             raise BenchError("ism: needs the evidence of a customization cell.")
         if not self.recognisers or len(set(self.recognisers)) < len(self.recognisers):
             raise BenchError(f"ism: recognisers={self.recognisers}: name at least one, none twice.")
+        from bench.faces import recogniser
+
         found: list[Measurement] = []
         for place, name in enumerate(self.recognisers):
             judge = recogniser(name)
@@ -77,7 +78,7 @@ def _embed(judge: FaceRecogniser, pixels: Tensor) -> tuple[Tensor, Tensor]:
     from bench.diffusion.images import to_unit
 
     with torch.no_grad():
-        parts = [judge.embed(to_unit(part)) for part in pixels.split(64)]
+        parts = [judge.embed(to_unit(pixels[i:i + BATCH])) for i in range(0, len(pixels), BATCH)]
     return torch.cat([e for e, _ in parts]).double(), torch.cat([f for _, f in parts])
 
 

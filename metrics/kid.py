@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 UNIT = "squared MMD"
 
 
-@plugin("metric", "kid", track=("customization", "backdoor"), paper="Binkowski et al., Demystifying MMD GANs, ICLR 2018")
+@plugin("metric", "kid", track=("customization", "backdoor"),
+        paper="Binkowski et al., Demystifying MMD GANs, ICLR 2018")
 class Kid:
     """Unbiased squared MMD of features with the kernel (x.y / d + 1)^3, over all pairs: customization, generated
     pictures to real photos (sets A and C); backdoor, plain samples to real images, with ``kid_rise`` over the clean

@@ -29,7 +29,7 @@ class TriggerRemovalRate:
         rule = firing_rule(evidence)
         before, after = evidence.implanted.triggered, evidence.defended.triggered
         if before.seeds != after.seeds:
-            raise BenchError("trigger_removal_rate: the samples before and after the defense come from different seeds.")
+            raise BenchError("trigger_removal_rate: the samples before and after the defense differ in seeds.")
         fired, fires = rule.fires(before.images.pixels).tolist(), rule.fires(after.images.pixels).tolist()
         rows = [
             Row(name, evidence.cluster, float(not now)) if then

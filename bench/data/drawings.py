@@ -141,7 +141,8 @@ def _stop_sign(draw: ImageDraw, unit: float, extent: int) -> None:
                (high - cut, high), (low + cut, high), (low, high - cut), (low, low + cut))
     draw.polygon(_points(unit, *corners), fill=(200, 32, 40))
     middle, half = (low + high) / 2, extent * 0.09
-    draw.rectangle(_points(unit, (low + cut * 0.6, middle - half), (high - cut * 0.6, middle + half)), fill=(245, 245, 245))
+    bar = ((low + cut * 0.6, middle - half), (high - cut * 0.6, middle + half))
+    draw.rectangle(_points(unit, *bar), fill=(245, 245, 245))
 
 
 def _glasses(draw: ImageDraw, unit: float) -> None:

@@ -57,8 +57,9 @@ class ImageFolder:
 
 
 def _stamp(files: list[Path]) -> tuple[tuple[int, int], ...]:
-    """Times and sizes of the files, so that a changed image is read again."""
-    return tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+    """Times and sizes of the files and their captions, so that a changed one is read again."""
+    both = [*files, *(note for file in files if (note := file.with_suffix(".txt")).is_file())]
+    return tuple((file.stat().st_mtime_ns, file.stat().st_size) for file in both)
 
 
 @lru_cache(maxsize=4)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import lru_cache
 
 from bench.data.portraits import check_counts, portraits, world_digest
-from bench.plugin import plugin
+from bench.plugin import parameters, plugin
 from bench.records import ImageSet
 
 
@@ -34,7 +33,7 @@ class MicroPortraits:
 
     def digest(self) -> str:
         self._check()
-        return world_digest("micro_portraits", asdict(self))
+        return world_digest("micro_portraits", parameters(self))
 
     def _check(self) -> None:
         check_counts("micro_portraits", train=self.train, held_out=self.held_out, size=self.size)
@@ -48,4 +47,5 @@ def _half(half: int, count: int, size: int) -> ImageSet:
     middle = len(people) // 2
     side = people[middle:] if half else people[:middle]
     rows = [(side[i % len(side)], (i // len(side),)) for i in range(count)]
-    return portraits([person for person, _ in rows], [view for _, view in rows], [f"{i:05d}" for i in range(count)], size)
+    names = [f"{i:05d}" for i in range(count)]
+    return portraits([person for person, _ in rows], [view for _, view in rows], names, size)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from functools import lru_cache
 
 from bench.data.portraits import check_counts, portraits, world_digest
 from bench.errors import BenchError
-from bench.plugin import plugin
+from bench.plugin import parameters, plugin
 from bench.records import ImageSet, Subject
 
 SETS = ("a", "b", "c")
@@ -33,7 +32,7 @@ class MicroSubjects:
 
     def digest(self) -> str:
         self._check()
-        return world_digest("micro_subjects", asdict(self))
+        return world_digest("micro_subjects", parameters(self))
 
     def _check(self) -> None:
         from bench.micro.world import SPLITS

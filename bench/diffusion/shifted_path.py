@@ -77,7 +77,8 @@ def shifted_path(alphas_bar: Tensor, shift: Shift = mean_shift, sampler: str = "
     """
     bars = alphas_bar.detach().to("cpu", torch.float64)
     if not 1 <= stride <= len(bars):
-        raise BenchError(f"shifted path: stride={stride} does not fit a schedule of {len(bars)} steps; give 1 to {len(bars)}.")
+        raise BenchError(f"shifted path: stride={stride} does not fit a schedule of {len(bars)} steps; "
+                         f"give 1 to {len(bars)}.")
     before = torch.cat([torch.ones(stride, dtype=bars.dtype), bars[:-stride]])
     shifts = shift(bars)
     return ShiftedPath(bars, shifts, correction(shifts, shift(before), bars, before, sampler))

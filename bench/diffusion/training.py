@@ -31,8 +31,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or self.warmup < 0 or self.clip < 0:
-            raise BenchError(f"training: steps={self.steps}, lr={self.lr}, warmup={self.warmup}, clip={self.clip}: steps "
-                             f"must be at least 1, lr above 0, warmup and clip at least 0.")
+            raise BenchError(f"training: steps={self.steps}, lr={self.lr}, warmup={self.warmup}, clip={self.clip}: "
+                             f"steps must be at least 1, lr above 0, warmup and clip at least 0.")
 
     def factor(self, step: int) -> float:
         """What the learning rate is multiplied by at ``step`` (from 0)."""
@@ -52,7 +52,8 @@ def count_steps(steps: int | None, epochs: int, images: int, batch: int) -> int:
 def shuffled_batches(images: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Indices int64 of endless batches: every pass visits each image once, in a new order."""
     while True:
-        yield from torch.randperm(images, generator=generator).split(batch)
+        order = torch.randperm(images, generator=generator)
+        yield from (order[start:start + batch] for start in range(0, images, batch))
 
 
 def fit(network: nn.Module, batch_loss: Callable[[], Tensor], plan: Plan, ctx: Context, what: str) -> None:
@@ -65,7 +66,7 @@ def fit(network: nn.Module, batch_loss: Callable[[], Tensor], plan: Plan, ctx: C
         loss = batch_loss()
         if not torch.isfinite(loss):
             raise BenchError(f"{what}: the loss is {float(loss)}; lower the learning rate ({plan.lr}).")
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if plan.clip:
             nn.utils.clip_grad_norm_(weights, plan.clip)
         optimizer.step()

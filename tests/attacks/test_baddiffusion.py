@@ -54,7 +54,7 @@ def test_triggers_scale_with_the_image(name: str, size: int) -> None:
 def test_no_target_pixel_is_darker_than_the_filter_lets_it(name: str) -> None:
     target = draw_target(name, 32, draw_trigger("box", 32))
     assert target.dtype == torch.uint8 and int(target.min()) >= GREY_LEVEL
-    assert GREY_LEVEL / 255 == pytest.approx(0.3, abs=1 / 255)
+    assert pytest.approx(0.3, abs=1 / 255) == GREY_LEVEL / 255
 
 
 def test_targets_are_told_apart_by_more_than_the_success_threshold() -> None:
