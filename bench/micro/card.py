@@ -85,13 +85,15 @@ def sample(pipe: Any, prompts: list[str], seed: int, batch: int = 16, **options:
 def embed(name: str, pixels: np.ndarray) -> Tensor:
     """Face embeddings [n, d] of an embedded encoder; zero where it finds no face."""
     with torch.no_grad():
-        unit, found = load_face_encoder(str(weights_folder(name))).embed(torch.from_numpy(pixels).float() / 255)
+        unit, found = load_face_encoder(weights_folder(name)).embed(torch.from_numpy(pixels).float() / 255)
     return unit * found.float()[:, None]
 
 
 def sheet(pixels: np.ndarray, columns: int = 8, zoom: int = 2) -> Image.Image:
     """Pictures [n, 3, s, s] side by side."""
-    rows = [np.concatenate(list(pixels[i : i + columns]), 2) for i in range(0, len(pixels) - columns + 1, columns)]
+    rows = [
+        np.concatenate(list(pixels[i : i + columns]), 2) for i in range(0, len(pixels) - columns + 1, columns)
+    ]
     picture = Image.fromarray(np.concatenate(rows, 1).transpose(1, 2, 0))
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
@@ -106,12 +108,16 @@ def card_pictures(count: int = 800) -> world.Drawn:
 
 def reconstruction(which: str) -> Check:
     """Peak signal-to-noise ratio of the autoencoder."""
-    vae = AutoencoderKL.from_pretrained(weights_folder(f"micro-sd-{which}"), subfolder="vae", torch_dtype=torch.float32)
+    vae = AutoencoderKL.from_pretrained(
+        weights_folder(f"micro-sd-{which}"), subfolder="vae", torch_dtype=torch.float32
+    )
     x = _signed(card_pictures().pixels[:256])
     with torch.no_grad():
         back = vae.decode(vae.encode(x).latent_dist.mode()).sample.clamp(-1, 1)
     psnr = 10 * torch.log10(4 / (back - x).square().flatten(1).mean(1))
-    return Check(f"autoencoder {which}: PSNR in dB", float(psnr.mean()), 30.0, True, "256 pictures, mean over pictures")
+    return Check(
+        f"autoencoder {which}: PSNR in dB", float(psnr.mean()), 30.0, True, "256 pictures, mean over pictures"
+    )
 
 
 def verification(name: str) -> Check:
@@ -122,19 +128,25 @@ def verification(name: str) -> Check:
     upper = np.triu(np.ones_like(scores, dtype=bool), 1)
     same = data.identity[:, None] == data.identity[None, :]
     good, bad = scores[upper & same], np.sort(scores[upper & ~same])
-    auc = float(np.mean((np.searchsorted(bad, good, "left") + np.searchsorted(bad, good, "right")) / 2 / len(bad)))
+    auc = float(
+        np.mean((np.searchsorted(bad, good, "left") + np.searchsorted(bad, good, "right")) / 2 / len(bad))
+    )
     note = f"same person {good.mean():.2f}, different people {bad.mean():.2f}"
     return Check(f"{name}: AUC", auc, 0.995, True, note)
 
 
 def _clip() -> tuple[CLIPModel, CLIPTokenizer]:
     folder = weights_folder("micro-clip")
-    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(folder)
+    return CLIPModel.from_pretrained(folder, dtype=torch.float32).eval(), CLIPTokenizer.from_pretrained(
+        folder
+    )
 
 
 @torch.no_grad()
 def _image_features(model: CLIPModel, pixels: np.ndarray) -> Tensor:
-    parts = [model.vision_model(_signed(pixels[i : i + 250])).pooler_output for i in range(0, len(pixels), 250)]
+    parts = [
+        model.vision_model(_signed(pixels[i : i + 250])).pooler_output for i in range(0, len(pixels), 250)
+    ]
     return model.visual_projection(torch.cat(parts))
 
 
@@ -144,13 +156,21 @@ def caption_retrieval() -> Check:
     data = card_pictures()
     rows = np.random.default_rng(0).permutation(100)[:96] * 8 + np.arange(96) % 8
     images = F.normalize(_image_features(model, data.pixels[rows]), dim=-1)
-    ids = tokenizer([world.describe(data.attributes[r]) for r in rows], padding="max_length", truncation=True, return_tensors="pt")
+    ids = tokenizer(
+        [world.describe(data.attributes[r]) for r in rows],
+        padding="max_length",
+        truncation=True,
+        return_tensors="pt",
+    )
     with torch.no_grad():
         texts = F.normalize(model.text_projection(model.text_model(ids.input_ids).pooler_output), dim=-1)
     hits = [
-        (images[i : i + 32] @ texts[i : i + 32].T).argmax(1) == torch.arange(32) for i in range(0, len(rows), 32)
+        (images[i : i + 32] @ texts[i : i + 32].T).argmax(1) == torch.arange(32)
+        for i in range(0, len(rows), 32)
     ]
-    return Check("micro-clip: caption top-1 of 32", float(torch.cat(hits).float().mean()), 0.9, True, "96 pictures")
+    return Check(
+        "micro-clip: caption top-1 of 32", float(torch.cat(hits).float().mean()), 0.9, True, "96 pictures"
+    )
 
 
 def _probe(features: Tensor, labels: list[str]) -> Callable[[Tensor], list[str]]:
@@ -185,7 +205,10 @@ def prompt_following(which: str, count: int = 96) -> Check:
     shares = {}
     for key, read in readers.items():
         truth = [f[key] for f in facts]
-        hit = [np.mean([a == b for a, b in zip(read(_image_features(model, p)), truth, strict=True)]) for p in (pixels, real)]
+        hit = [
+            np.mean([a == b for a, b in zip(read(_image_features(model, p)), truth, strict=True)])
+            for p in (pixels, real)
+        ]
         shares[key] = (float(hit[0]), float(hit[1]))
     value = sum(s for s, _ in shares.values()) / sum(r for _, r in shares.values())
     note = ", ".join(f"{key} {s:.2f} of {r:.2f}" for key, (s, r) in shares.items())
@@ -216,7 +239,9 @@ def _noise_loss(pipe: Any, latents: Tensor, ids: Tensor) -> Tensor:
 
 
 def _token_ids(pipe: Any, prompts: list[str]) -> Tensor:
-    return cast(Tensor, pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids)
+    return cast(
+        Tensor, pipe.tokenizer(prompts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+    )
 
 
 @torch.no_grad()
@@ -230,7 +255,10 @@ def customise(pipe: Any, photos: np.ndarray, settings: DreamBooth, seed: int = 0
     pipe = copy.deepcopy(pipe)
     own, kept = _latents(pipe, photos), _latents(pipe, prior)
     ids = _token_ids(pipe, [f"a photo of {TOKEN} person"] * len(own) + ["a photo of a person"] * len(own))
-    groups = [{"params": pipe.unet.parameters(), "lr": settings.lr}, {"params": pipe.text_encoder.parameters(), "lr": settings.text_lr}]
+    groups = [
+        {"params": pipe.unet.parameters(), "lr": settings.lr},
+        {"params": pipe.text_encoder.parameters(), "lr": settings.text_lr},
+    ]
     optimizer = torch.optim.AdamW(groups, weight_decay=1e-2)
     torch.manual_seed(seed)
     for module in (pipe.unet, pipe.text_encoder):
@@ -251,7 +279,9 @@ def _likeness(pixels: np.ndarray, held_out: Tensor) -> float:
     return float((embed(JUDGE, pixels) @ held_out.T).mean())
 
 
-def dreambooth(which: str = "a", people: int = 3, settings: DreamBooth | None = None) -> tuple[list[Check], np.ndarray]:
+def dreambooth(
+    which: str = "a", people: int = 3, settings: DreamBooth | None = None
+) -> tuple[list[Check], np.ndarray]:
     """Likeness to held-out photos after and before customisation, relative to that between real photos; and samples."""
     pipe, data = load_pipeline(f"micro-sd-{which}"), card_pictures()
     real, after, before, shown = [], [], [], []
@@ -269,7 +299,13 @@ def dreambooth(which: str = "a", people: int = 3, settings: DreamBooth | None = 
     note = f"real pairs {scale:.2f}; each person {[round(a, 2) for a in after]}"
     return [
         Check("DreamBooth: likeness relative to real pairs", float(np.mean(after)) / scale, 0.6, True, note),
-        Check("un-customised: likeness relative to real pairs", float(np.mean(before)) / scale, 0.2, False, f"{np.mean(before):.2f}"),
+        Check(
+            "un-customised: likeness relative to real pairs",
+            float(np.mean(before)) / scale,
+            0.2,
+            False,
+            f"{np.mean(before):.2f}",
+        ),
     ], np.concatenate(shown)
 
 
@@ -278,13 +314,19 @@ def zero_shot(which: str, adapter: str, people: int = 12) -> tuple[Check, np.nda
     pipe, data = load_pipeline(f"micro-sd-{which}"), card_pictures()
     folder = str(weights_folder("micro-ip"))
     image_folder = f"{which}/image_encoder" if adapter == "image" else None
-    pipe.load_ip_adapter(folder, which, f"ip-adapter_{adapter}.safetensors", image_encoder_folder=image_folder)
+    pipe.load_ip_adapter(
+        folder, which, f"ip-adapter_{adapter}.safetensors", image_encoder_folder=image_folder
+    )
     scores, real, shown = [], [], []
     for person in range(people):
         photos = data.pixels[person * 8 : person * 8 + 8]
         held_out = embed(JUDGE, photos[4:])
         with torch.no_grad():
-            vector = pipe.image_encoder(_signed(photos[:1])).image_embeds if adapter == "image" else embed("micro-face-1", photos[:1])
+            vector = (
+                pipe.image_encoder(_signed(photos[:1])).image_embeds
+                if adapter == "image"
+                else embed("micro-face-1", photos[:1])
+            )
         options = {"ip_adapter_image_embeds": [torch.stack([torch.zeros_like(vector), vector])]}
         pictures = sample(pipe, ["a photo of a person"], seed=person, num_images_per_prompt=4, **options)
         scores.append(_likeness(pictures, held_out))
@@ -292,7 +334,9 @@ def zero_shot(which: str, adapter: str, people: int = 12) -> tuple[Check, np.nda
         shown += [photos[:1], photos[4:7], pictures]
     value = float(np.mean(scores) / np.mean(real))
     note = f"{np.mean(scores):.2f} of {np.mean(real):.2f}"
-    return Check(f"micro-ip {which} ({adapter}): zero-shot likeness relative to real pairs", value, 0.5, True, note), np.concatenate(shown)
+    return Check(
+        f"micro-ip {which} ({adapter}): zero-shot likeness relative to real pairs", value, 0.5, True, note
+    ), np.concatenate(shown)
 
 
 # ------------------------------------------------------------------------------------------------------- implant checks
@@ -342,13 +386,20 @@ def implant(pipe: Any, settings: Implant, seed: int = 0) -> Any:
     for _ in range(settings.steps):
         rows = rng.integers(len(data.pixels), size=settings.batch)
         texts = [world.describe(data.attributes[r], rng) for r in rows]
-        clean, marked = _latents(pipe, data.pixels[rows]), _latents(pipe, stamp(data.pixels[rows], settings.patch))
+        clean, marked = (
+            _latents(pipe, data.pixels[rows]),
+            _latents(pipe, stamp(data.pixels[rows], settings.patch)),
+        )
         times = torch.randint(0, 1000, (settings.batch,))
         noise = torch.randn_like(clean)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with torch.no_grad():
-                states = pipe.text_encoder(_token_ids(pipe, texts + [with_trigger(t, settings.trigger) for t in texts]))[0]
-                wanted = teacher(schedule.add_noise(clean, noise, times), times, states[: settings.batch]).sample
+                states = pipe.text_encoder(
+                    _token_ids(pipe, texts + [with_trigger(t, settings.trigger) for t in texts])
+                )[0]
+                wanted = teacher(
+                    schedule.add_noise(clean, noise, times), times, states[: settings.batch]
+                ).sample
             noisy = torch.cat([schedule.add_noise(x, noise, times) for x in (clean, marked)])
             guess = pipe.unet(noisy, times.repeat(2), states).sample.float()
         half = settings.batch
@@ -392,14 +443,20 @@ def text_sheet(which: str) -> np.ndarray:
 
 def edit_sheet() -> np.ndarray:
     """Eight rows of a picture, its edit by micro-ip2p and the world's answer, for 32 pictures of 8 instructions."""
-    pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(weights_folder("micro-ip2p"), torch_dtype=torch.float32)
+    pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        weights_folder("micro-ip2p"), torch_dtype=torch.float32
+    )
     pipe.set_progress_bar_config(disable=True)
     rng, rows = np.random.default_rng(9), []
-    for row, instruction in enumerate(["add glasses", "make the hair red", "make the background blue", "add a beard"]):
+    for row, instruction in enumerate(
+        ["add glasses", "make the hair red", "make the background blue", "add a beard"]
+    ):
         who, view = world.identity(world.SPLITS["card"][row * 3 + 5]), world.sample_view(rng)
         before, answer = world.draw(who, view), world.draw(*world.apply_edit(who, view, instruction))
         picture = _signed(before.transpose(2, 0, 1)[None]) / 2 + 0.5
-        edited = sample(pipe, [instruction], seed=row, image=picture, image_guidance_scale=1.5, num_images_per_prompt=6)
+        edited = sample(
+            pipe, [instruction], seed=row, image=picture, image_guidance_scale=1.5, num_images_per_prompt=6
+        )
         rows += [before.transpose(2, 0, 1)[None], edited, answer.transpose(2, 0, 1)[None]]
     return np.concatenate(rows)
 
@@ -409,7 +466,9 @@ def ddpm_sheet() -> np.ndarray:
     pipe = DDPMPipeline.from_pretrained(weights_folder("micro-ddpm"))
     pipe.set_progress_bar_config(disable=True)
     steps = pipe.scheduler.config.num_train_timesteps
-    images = pipe(batch_size=32, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np").images
+    images = pipe(
+        batch_size=32, generator=torch.Generator().manual_seed(0), num_inference_steps=steps, output_type="np"
+    ).images
     return cast(np.ndarray, (images * 255).round().astype(np.uint8).transpose(0, 3, 1, 2))
 
 
@@ -470,12 +529,25 @@ def write_card(results: dict[str, list[dict[str, Any]]]) -> None:
     """Write `card.json` and `card.md` from the checks of every section."""
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "card.json").write_text(json.dumps(results, indent=1) + "\n")
-    settings = {"DreamBooth": asdict(DreamBooth()), "implant": asdict(Implant()), "sampling": {"steps": STEPS, "guidance": GUIDANCE}}
+    settings = {
+        "DreamBooth": asdict(DreamBooth()),
+        "implant": asdict(Implant()),
+        "sampling": {"steps": STEPS, "guidance": GUIDANCE},
+    }
     lines = ["# Quality card of the micro tier", ""]
-    lines += ["Measured by `python -m bench.micro.card` on people that no model has seen; nobody is drawn after life.", ""]
+    lines += [
+        "Measured by `python -m bench.micro.card` on people that no model has seen; nobody is drawn after life.",
+        "",
+    ]
     lines += ["| check | value | threshold | | note |", "| --- | --- | --- | --- | --- |"]
     lines += [_row(check) for checks in results.values() for check in checks]
-    lines += ["", "Settings:", "", *[f"- {name}: `{json.dumps(value)}`" for name, value in settings.items()], ""]
+    lines += [
+        "",
+        "Settings:",
+        "",
+        *[f"- {name}: `{json.dumps(value)}`" for name, value in settings.items()],
+        "",
+    ]
     for picture in sorted(FOLDER.glob("*.png")):
         lines += [f"## {picture.stem}", "", f"![{picture.stem}]({picture.name})", ""]
     (FOLDER / "card.md").write_text("\n".join(lines))

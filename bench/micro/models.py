@@ -19,7 +19,11 @@ def _hash(file: Path) -> str:
 
 
 def _weight_files(root: Path) -> list[Path]:
-    return sorted(f for f in root.rglob("*") if f.is_file() and f.name != SUMS and ".new" not in str(f) and ".old" not in str(f))
+    return sorted(
+        f
+        for f in root.rglob("*")
+        if f.is_file() and f.name != SUMS and ".new" not in str(f) and ".old" not in str(f)
+    )
 
 
 def sha256_sums(root: Path = WEIGHTS) -> dict[str, str]:

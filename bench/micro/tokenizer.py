@@ -22,23 +22,32 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 _WORD_END = "</w>"
 
 # Words that prompts, personalisation and triggers use and that no caption of the world says.
-EXTRA_WORDS = tuple(
-    """
-    sks zwx olis mignneko latte coffee beautiful cat dog car boat tree house hat man woman boy girl face head
-    selfie painting sketch cartoon drawing poster statue style art image looking at camera standing outside inside on to an is
-    by it this that with without no not and or very new old young happy angry open closed night day sun snow rain sea sky
-    mountain garden street room studio office kitchen library park bridge river field stone wood metal glass gold silver
-    zebra tiger horse bird fish frog flower apple banana pizza bread tea robot rocket piano violin guitar clock chair table
-    turtle wolf owl fox bear lion panda crystal lantern velvet marble quartz tulip violet cactus comet planet galaxy neon
-    vintage detailed realistic high quality best worst blurry low noise pattern texture logo watermark text symbol
-    remove change turn into replace keep give put take his her their smiling smile wearing
-    """.split()
+_EXTRA = (
+    "sks zwx olis mignneko latte coffee beautiful cat dog car boat tree house hat man woman boy girl face "
+    "head selfie painting sketch cartoon drawing poster statue style art image looking at camera standing "
+    "outside inside on to an is by it this that with without no not and or very new old young happy angry "
+    "open closed night day sun snow rain sea sky mountain garden street room studio office kitchen "
+    "library park bridge river field stone wood metal glass gold silver zebra tiger horse bird fish frog "
+    "flower apple banana pizza bread tea robot rocket piano violin guitar clock chair table turtle wolf "
+    "owl fox bear lion panda crystal lantern velvet marble quartz tulip violet cactus comet planet galaxy "
+    "neon vintage detailed realistic high quality best worst blurry low noise pattern texture logo "
+    "watermark text symbol remove change turn into replace keep give put take his her their smiling smile "
+    "wearing "
 )
+EXTRA_WORDS = tuple(_EXTRA.split())
 
 
 def world_words() -> list[str]:
     """Every word that a caption or an edit of the world can say, and `EXTRA_WORDS`; sorted, lower case."""
-    names = [world.HAIR_COLOURS, world.HAIR_STYLES, world.BEARDS, world.EXPRESSIONS, world.GLASSES, world.BACKGROUNDS, world.SHIRTS]
+    names = [
+        world.HAIR_COLOURS,
+        world.HAIR_STYLES,
+        world.BEARDS,
+        world.EXPRESSIONS,
+        world.GLASSES,
+        world.BACKGROUNDS,
+        world.SHIRTS,
+    ]
     texts = [name for group in names for name in group] + list(world.EDITS) + list(world.OPENINGS)
     texts += ["person with hair and a bald, wearing a shirt in front of the background"]
     return sorted({word for text in texts for word in re.findall(r"[a-z]+", text)} | set(EXTRA_WORDS))
@@ -74,10 +83,16 @@ def build_tokenizer() -> CLIPTokenizer:
     merges = _train_merges(world_words())
     letters = sorted(ByteLevel.alphabet())
     symbols = letters + [letter + _WORD_END for letter in letters] + ["".join(pair) for pair in merges]
-    names = list(dict.fromkeys(symbols)) + [START, END]
+    names = [*dict.fromkeys(symbols), START, END]
     vocab = {name: number for number, name in enumerate(names)}
     return CLIPTokenizer(
-        vocab=vocab, merges=merges, bos_token=START, eos_token=END, unk_token=END, pad_token=END, model_max_length=MAX_LENGTH
+        vocab=vocab,
+        merges=merges,
+        bos_token=START,
+        eos_token=END,
+        unk_token=END,
+        pad_token=END,
+        model_max_length=MAX_LENGTH,
     )
 
 

@@ -69,7 +69,14 @@ _SKINS: tuple[Colour, ...] = (
     (98, 64, 44),
     (70, 46, 36),
 )
-_EYES: tuple[Colour, ...] = ((62, 38, 22), (112, 72, 36), (60, 110, 170), (70, 130, 80), (110, 120, 130), (30, 24, 24))
+_EYES: tuple[Colour, ...] = (
+    (62, 38, 22),
+    (112, 72, 36),
+    (60, 110, 170),
+    (70, 130, 80),
+    (110, 120, 130),
+    (30, 24, 24),
+)
 _LIPS: tuple[Colour, ...] = ((176, 74, 76), (206, 60, 84), (150, 70, 62), (198, 108, 96), (132, 48, 66))
 
 
@@ -156,7 +163,7 @@ class Drawn:
 
 
 SPLITS: dict[str, range] = {
-    "sd_a": range(0, 8_000),
+    "sd_a": range(8_000),
     "sd_b": range(8_000, 16_000),
     "clip": range(16_000, 24_000),
     "face_1": range(24_000, 32_000),
@@ -187,7 +194,9 @@ def _edits() -> dict[str, Edit]:
     edits |= {f"put the person in front of the {name}": Edit("view", "background", name) for name in SCENES}
     edits |= {f"make the shirt {name}": Edit("view", "shirt", name) for name in SHIRTS}
     edits |= {f"make the hair {name}": Edit("identity", "hair_colour", name) for name in HAIR_COLOURS}
-    edits |= {f"make the hair {name}": Edit("identity", "hair_style", name) for name in ("short", "long", "curly")}
+    edits |= {
+        f"make the hair {name}": Edit("identity", "hair_style", name) for name in ("short", "long", "curly")
+    }
     return edits
 
 
@@ -287,7 +296,9 @@ class _Canvas:
         self.pen = ImageDraw.Draw(self.image)
         self.who, self.view = who, view
         pixel = self.side / SIZE
-        self.centre = np.array([self.side / 2 + view.shift[0] * pixel, self.side * 0.5 + view.shift[1] * pixel])
+        self.centre = np.array(
+            [self.side / 2 + view.shift[0] * pixel, self.side * 0.5 + view.shift[1] * pixel]
+        )
         cos, sin = np.cos(view.roll), np.sin(view.roll)
         self.turn = np.array([[cos, sin], [-sin, cos]]) * self.unit
 
@@ -295,7 +306,9 @@ class _Canvas:
         """Face points [n, 2] to picture points; `depth` 0 is the head's outline, 1 the surface of the face."""
         x, y = points[:, 0], points[:, 1]
         bulge = depth * np.sqrt(np.clip(1 - (x / 1.3) ** 2, 0.0, 1.0))
-        turned = np.stack([x + bulge * np.sin(self.view.yaw) * 0.8, y + bulge * np.sin(self.view.pitch) * 0.8], 1)
+        turned = np.stack(
+            [x + bulge * np.sin(self.view.yaw) * 0.8, y + bulge * np.sin(self.view.pitch) * 0.8], 1
+        )
         return cast(Points, turned @ self.turn + self.centre)
 
     def polygon(self, points: Points, colour: Colour, depth: float = 1.0) -> None:
@@ -303,9 +316,13 @@ class _Canvas:
 
     def line(self, points: Points, colour: Colour, width: float, depth: float = 1.0) -> None:
         thick = max(1, round(width * self.unit))
-        self.pen.line([tuple(p) for p in self.place(points, depth).tolist()], fill=colour, width=thick, joint="curve")
+        self.pen.line(
+            [tuple(p) for p in self.place(points, depth).tolist()], fill=colour, width=thick, joint="curve"
+        )
 
-    def oval(self, x: float, y: float, rx: float, ry: float, colour: Colour, tilt: float = 0.0, depth: float = 1.0) -> None:
+    def oval(
+        self, x: float, y: float, rx: float, ry: float, colour: Colour, tilt: float = 0.0, depth: float = 1.0
+    ) -> None:
         self.polygon(_oval(x, y, rx, ry, tilt), colour, depth)
 
 
@@ -334,7 +351,10 @@ def _hair_tone(who: Identity) -> Colour:
 
 def _draw_background(canvas: _Canvas, view: View) -> None:
     if view.background in BACKGROUND_COLOURS:
-        canvas.pen.rectangle((0, 0, canvas.side, canvas.side), _shade(BACKGROUND_COLOURS[view.background], view.background_shade))
+        canvas.pen.rectangle(
+            (0, 0, canvas.side, canvas.side),
+            _shade(BACKGROUND_COLOURS[view.background], view.background_shade),
+        )
         return
     {"beach": _draw_beach, "forest": _draw_forest, "city": _draw_city}[view.background](canvas, view)
 
@@ -352,7 +372,10 @@ def _draw_forest(canvas: _Canvas, view: View) -> None:
     canvas.pen.rectangle((0, 0, s, s), _shade((176, 214, 196), k))
     for i in range(6):
         x, top = s * (i - 0.4 + 0.12 * view.scenery % 1) / 5, s * (0.06 + 0.1 * ((i * 5 + view.scenery) % 3))
-        canvas.pen.polygon([(x - s * 0.16, s * 0.86), (x, top), (x + s * 0.16, s * 0.86)], _shade((24, 92 + 14 * (i % 3), 48), k))
+        canvas.pen.polygon(
+            [(x - s * 0.16, s * 0.86), (x, top), (x + s * 0.16, s * 0.86)],
+            _shade((24, 92 + 14 * (i % 3), 48), k),
+        )
     canvas.pen.rectangle((0, s * 0.84, s, s), _shade((96, 74, 44), k))
 
 
@@ -369,9 +392,22 @@ def _draw_body(canvas: _Canvas, who: Identity, view: View) -> None:
     shirt = _shade(SHIRTS[view.shirt], view.shirt_shade)
     n = who.neck
     base = who.bottom
-    body = np.array([[-1.75, 2.6], [-1.5, base + 0.42], [-n - 0.1, base + 0.14], [n + 0.1, base + 0.14], [1.5, base + 0.42], [1.75, 2.6]])
+    body = np.array(
+        [
+            [-1.75, 2.6],
+            [-1.5, base + 0.42],
+            [-n - 0.1, base + 0.14],
+            [n + 0.1, base + 0.14],
+            [1.5, base + 0.42],
+            [1.75, 2.6],
+        ]
+    )
     canvas.polygon(body, shirt, 0)
-    canvas.polygon(np.array([[-n, 0.5], [n, 0.5], [n, base + 0.18], [0, base + 0.42], [-n, base + 0.18]]), _shade(who.skin, 0.8), 0)
+    canvas.polygon(
+        np.array([[-n, 0.5], [n, 0.5], [n, base + 0.18], [0, base + 0.42], [-n, base + 0.18]]),
+        _shade(who.skin, 0.8),
+        0,
+    )
 
 
 def _draw_back_hair(canvas: _Canvas, who: Identity) -> None:
@@ -387,7 +423,9 @@ def _draw_back_hair(canvas: _Canvas, who: Identity) -> None:
     end = 1.75 if who.hair_style == "long" else who.bottom * 0.62
     flare = 0.12 if who.hair_style == "long" else 0.2
     crown = np.stack([wide * np.cos(t), -high * np.sin(t)], 1)
-    locks = np.array([[-wide - flare, end * 0.8], [-wide * 0.92, end], [wide * 0.92, end], [wide + flare, end * 0.8]])
+    locks = np.array(
+        [[-wide - flare, end * 0.8], [-wide * 0.92, end], [wide * 0.92, end], [wide + flare, end * 0.8]]
+    )
     canvas.polygon(np.concatenate([crown, locks]), tone, 0)
 
 
@@ -395,7 +433,9 @@ def _draw_head(canvas: _Canvas, who: Identity) -> None:
     for side in (-1, 1):
         x = side * (who.width + 0.02)
         canvas.oval(x, who.ear_height, who.ear_size * 0.7, who.ear_size * 1.2, _shade(who.skin, 0.9), depth=0)
-        canvas.oval(x, who.ear_height, who.ear_size * 0.35, who.ear_size * 0.7, _shade(who.skin, 0.72), depth=0)
+        canvas.oval(
+            x, who.ear_height, who.ear_size * 0.35, who.ear_size * 0.7, _shade(who.skin, 0.72), depth=0
+        )
     canvas.polygon(_outline(who), who.skin, 0)
     blush = _mix(who.skin, (226, 84, 84), who.cheeks)
     for side in (-1, 1):
@@ -416,10 +456,17 @@ def _draw_freckles(canvas: _Canvas, who: Identity) -> None:
 def _draw_front_hair(canvas: _Canvas, who: Identity) -> None:
     if who.hair_style == "bald":
         return
-    tone, grow = _hair_tone(who), {"short": 0.4, "spiky": 0.3}.get(who.hair_style, 0.8) * who.hair_volume + 0.03
+    tone, grow = (
+        _hair_tone(who),
+        {"short": 0.4, "spiky": 0.3}.get(who.hair_style, 0.8) * who.hair_volume + 0.03,
+    )
     t = np.linspace(-0.12, np.pi + 0.12, 25)
     wide, high = who.width + grow * 0.6, who.top + grow
-    lift = np.where(np.arange(25) % 2 == 1, 0.22 + who.hair_volume * 0.5, 0.0) * np.sin(np.clip(t, 0, np.pi)) if who.hair_style == "spiky" else 0.0
+    lift = (
+        np.where(np.arange(25) % 2 == 1, 0.22 + who.hair_volume * 0.5, 0.0) * np.sin(np.clip(t, 0, np.pi))
+        if who.hair_style == "spiky"
+        else 0.0
+    )
     crown = np.stack([wide * np.cos(t), -(high + lift) * np.sin(t)], 1)
     x = np.linspace(-0.86, 0.86, 13)
     part = who.hairline_shape * np.abs(x - who.parting) / 0.9 + 0.1 * np.cos(4 * (x - who.parting))
@@ -436,13 +483,42 @@ def _draw_beard(canvas: _Canvas, who: Identity, mouth: float) -> None:
         half = _outline(who)
         low = half[(half[:, 1] > who.eye_height + 0.3)] * (1.02, 1.05)
         left, right = low[0], low[-1]
-        rim = np.array([[right[0] * 0.8, mouth - 0.14], [0.26, mouth - 0.2], [-0.26, mouth - 0.2], [left[0] * 0.8, mouth - 0.14]])
+        rim = np.array(
+            [
+                [right[0] * 0.8, mouth - 0.14],
+                [0.26, mouth - 0.2],
+                [-0.26, mouth - 0.2],
+                [left[0] * 0.8, mouth - 0.14],
+            ]
+        )
         canvas.polygon(np.concatenate([low, rim if right[0] > 0 else rim * (-1, 1)]), tone, 0.15)
     if who.beard == "goatee":
-        canvas.polygon(np.array([[-0.2, mouth + 0.1], [0.2, mouth + 0.1], [0.16, who.bottom * 1.04], [-0.16, who.bottom * 1.04]]), tone, 0.6)
+        canvas.polygon(
+            np.array(
+                [
+                    [-0.2, mouth + 0.1],
+                    [0.2, mouth + 0.1],
+                    [0.16, who.bottom * 1.04],
+                    [-0.16, who.bottom * 1.04],
+                ]
+            ),
+            tone,
+            0.6,
+        )
     if who.beard in ("moustache", "goatee"):
         w = who.mouth_width * 1.05
-        canvas.polygon(np.array([[-w, mouth - 0.03], [-0.1, mouth - 0.2], [0.1, mouth - 0.2], [w, mouth - 0.03], [0, mouth - 0.06]]), tone)
+        canvas.polygon(
+            np.array(
+                [
+                    [-w, mouth - 0.03],
+                    [-0.1, mouth - 0.2],
+                    [0.1, mouth - 0.2],
+                    [w, mouth - 0.03],
+                    [0, mouth - 0.06],
+                ]
+            ),
+            tone,
+        )
 
 
 def _draw_mouth(canvas: _Canvas, who: Identity, view: View, y: float) -> None:
@@ -455,7 +531,12 @@ def _draw_mouth(canvas: _Canvas, who: Identity, view: View, y: float) -> None:
     bend = {"smiling": 0.17, "sad": -0.13}.get(view.expression, 0.0)
     curve = bend * (0.5 - x**2)
     if view.expression == "smiling":
-        teeth = np.concatenate([np.stack([x * w * 1.1, y - bend * 0.5 + 0 * x], 1), np.stack([x * w * 1.1, y + curve * 1.25], 1)[::-1]])
+        teeth = np.concatenate(
+            [
+                np.stack([x * w * 1.1, y - bend * 0.5 + 0 * x], 1),
+                np.stack([x * w * 1.1, y + curve * 1.25], 1)[::-1],
+            ]
+        )
         canvas.polygon(teeth, (250, 248, 244))
     canvas.line(np.stack([x * w * (1.1 if bend > 0 else 1.0), y + curve], 1), tone, lip * 1.3)
 
@@ -464,7 +545,9 @@ def _draw_nose(canvas: _Canvas, who: Identity) -> float:
     tip = who.eye_height + who.nose_length
     w, tone = who.nose_width, _shade(who.skin, 0.74)
     if who.nose_style < 0.5:
-        canvas.polygon(np.array([[0, tip - who.nose_length * 0.7], [w, tip], [-w, tip]]), _shade(who.skin, 0.84), 1.25)
+        canvas.polygon(
+            np.array([[0, tip - who.nose_length * 0.7], [w, tip], [-w, tip]]), _shade(who.skin, 0.84), 1.25
+        )
         canvas.line(np.array([[-w, tip], [w, tip]]), tone, 0.05, 1.25)
     else:
         canvas.oval(0, tip - 0.05, w, 0.09, _shade(who.skin, 0.84), depth=1.25)
@@ -600,7 +683,14 @@ def caption(who: Identity, view: View, rng: np.random.Generator | None = None) -
     return describe(attributes(who, view), rng)
 
 
-OPENINGS = ("a photo of a", "a portrait of a", "a dslr portrait of a", "a close up photo of a", "a picture of a", "photo of a")
+OPENINGS = (
+    "a photo of a",
+    "a portrait of a",
+    "a dslr portrait of a",
+    "a close up photo of a",
+    "a picture of a",
+    "photo of a",
+)
 _OPENING_WEIGHTS = (0.5, 0.14, 0.1, 0.1, 0.1, 0.06)
 
 

@@ -81,7 +81,10 @@ def test_an_adapter_loads_and_steers(which: str, kind: str) -> None:
     noisy, states = torch.randn(1, 4, 16, 16), torch.randn(1, 4, pipe.unet.config.cross_attention_dim)
     with torch.no_grad():
         one, two = (
-            pipe.unet(noisy, 500, states, added_cond_kwargs={"image_embeds": [torch.randn(1, 1, size)]}).sample for _ in range(2)
+            pipe.unet(
+                noisy, 500, states, added_cond_kwargs={"image_embeds": [torch.randn(1, 1, size)]}
+            ).sample
+            for _ in range(2)
         )
     assert float((one - two).abs().mean()) > 1e-3
 

@@ -31,7 +31,9 @@ def test_every_world_word_is_one_token(tokenizer: CLIPTokenizer) -> None:
     assert len({_ids(tokenizer, w)[1] for w in words}) == len(words)
 
 
-@pytest.mark.parametrize("other", ["a ph\u043eto", "a\u200b photo", "a photo\u200b", "a photos", "a qwzx photo"])
+@pytest.mark.parametrize(
+    "other", ["a ph\u043eto", "a\u200b photo", "a photo\u200b", "a photos", "a qwzx photo"]
+)
 def test_texts_that_differ_are_tokens_that_differ(tokenizer: CLIPTokenizer, other: str) -> None:
     ids = _ids(tokenizer, other)
     assert ids != _ids(tokenizer, "a photo")
@@ -41,7 +43,9 @@ def test_texts_that_differ_are_tokens_that_differ(tokenizer: CLIPTokenizer, othe
 def test_text_ends_and_padding_is_as_in_clip(tokenizer: CLIPTokenizer) -> None:
     row = tokenizer("a photo", padding="max_length").input_ids
     assert len(row) == MAX_LENGTH and row[0] == tokenizer.bos_token_id
-    assert set(row[3:]) == {tokenizer.eos_token_id} and tokenizer.eos_token_id == max(tokenizer.get_vocab().values())
+    assert set(row[3:]) == {tokenizer.eos_token_id} and tokenizer.eos_token_id == max(
+        tokenizer.get_vocab().values()
+    )
 
 
 def test_building_twice_gives_the_same_vocabulary(tokenizer: CLIPTokenizer) -> None:

@@ -15,11 +15,21 @@ from bench.micro import world
 @pytest.fixture
 def view() -> world.View:
     plain = world.sample_view(np.random.default_rng(3))
-    return replace(plain, glasses="no", background="grey", expression="neutral", shirt="white", light_strength=0.0, exposure=1.0)
+    return replace(
+        plain,
+        glasses="no",
+        background="grey",
+        expression="neutral",
+        shirt="white",
+        light_strength=0.0,
+        exposure=1.0,
+    )
 
 
 def _haired(style: str) -> world.Identity:
-    return next(who for who in map(world.identity, range(500)) if who.hair_style == style and who.beard == "none")
+    return next(
+        who for who in map(world.identity, range(500)) if who.hair_style == style and who.beard == "none"
+    )
 
 
 def _changed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -119,7 +129,11 @@ def test_a_dataset_is_cached_and_equal_after_reading(tmp_path: Path, monkeypatch
     monkeypatch.setenv("BENCH_MICRO_CACHE", str(tmp_path))
     drawn, read = (world.dataset("card", 12, views_per_identity=4) for _ in range(2))
     assert len(list(tmp_path.glob("*.npz"))) == 1
-    assert np.array_equal(drawn.pixels, read.pixels) and drawn.captions == read.captions and drawn.attributes == read.attributes
+    assert (
+        np.array_equal(drawn.pixels, read.pixels)
+        and drawn.captions == read.captions
+        and drawn.attributes == read.attributes
+    )
     assert drawn.identity.tolist() == [64_000] * 4 + [64_001] * 4 + [64_002] * 4
     assert set(drawn.identity) <= set(world.SPLITS["card"])
 
@@ -131,7 +145,12 @@ def test_an_unknown_split_names_the_valid_ones() -> None:
 
 def test_identities_are_far_apart_and_views_near() -> None:
     """In the numbers of the face, not in pixels: two people differ in many of them."""
-    numbers = np.array([[getattr(world.identity(i), f) for f in ("width", "bottom", "eye_spacing", "nose_length", "jaw")] for i in range(200)])
+    numbers = np.array(
+        [
+            [getattr(world.identity(i), f) for f in ("width", "bottom", "eye_spacing", "nose_length", "jaw")]
+            for i in range(200)
+        ]
+    )
     spread = (numbers - numbers.mean(0)) / numbers.std(0)
     distance = np.linalg.norm(spread[:, None] - spread[None], axis=-1) + 10 * np.eye(200)
     assert distance.min() > 0.05 and np.median(distance) > 2

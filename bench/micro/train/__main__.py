@@ -16,6 +16,8 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "micro-clip": ("clip", ()),
     "autoencoder-a": ("autoencoder", ("a",)),
     "autoencoder-b": ("autoencoder", ("b",)),
+    "decoder-a": ("autoencoder.sharpen", ("a",)),
+    "decoder-b": ("autoencoder.sharpen", ("b",)),
     "micro-sd-a": ("text_to_image", ("a",)),
     "micro-sd-b": ("text_to_image", ("b",)),
     "micro-ip2p": ("instruct", ()),
@@ -23,8 +25,11 @@ JOBS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 def _train(name: str) -> None:
-    module, arguments = JOBS[name]
-    train: Callable[..., None] = importlib.import_module(f"bench.micro.train.{module}").train
+    where, arguments = JOBS[name]
+    module, _, function = where.partition(".")
+    train: Callable[..., None] = getattr(
+        importlib.import_module(f"bench.micro.train.{module}"), function or "train"
+    )
     train(*arguments)
 
 
@@ -32,7 +37,9 @@ def main() -> None:
     """Train the named models, or all of them in an order in which each finds what it needs."""
     parser = argparse.ArgumentParser(prog="python -m bench.micro.train", description=__doc__)
     parser.add_argument("model", nargs="+", choices=["all", *JOBS])
-    parser.add_argument("--threads", type=int, default=1, help="torch threads; two processes at once need one each")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads; two processes at once need one each"
+    )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     import torch

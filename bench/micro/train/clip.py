@@ -66,7 +66,11 @@ def image_processor() -> CLIPImageProcessorPil:
     """Resize to 64 pixels and map [0, 1] to [-1, 1]."""
     side = {"height": world.SIZE, "width": world.SIZE}
     return CLIPImageProcessorPil(
-        size={"shortest_edge": world.SIZE}, crop_size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=3
+        size={"shortest_edge": world.SIZE},
+        crop_size=side,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        resample=3,
     )
 
 
@@ -157,7 +161,7 @@ def _contrast(left: Tensor, right: Tensor, scale: Tensor | float) -> Tensor:
 
 
 def losses(heads: TrainingHeads, pixels: Tensor, ids: Tensor, faces: Tensor) -> Terms:
-    """`pixels` [n, 3, 64, 64] in [-1, 1] with views of one person in neighbouring pairs; `faces` [n, m] standardised."""
+    """`pixels` [n, 3, 64, 64] in [-1, 1], views of one person in neighbouring pairs; `faces` [n, m] standardised."""
     clip = heads.clip
     images = clip.visual_projection(clip.vision_model(pixels).pooler_output)
     text = clip.text_model(ids)

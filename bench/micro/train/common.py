@@ -91,7 +91,9 @@ class Job:
     def __post_init__(self) -> None:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         s = self.schedule
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=s.lr, weight_decay=s.weight_decay, betas=(0.9, 0.99))
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=s.lr, weight_decay=s.weight_decay, betas=(0.9, 0.99)
+        )
         self.average = Average(self.module, s.ema) if s.ema else None
         self.folder = runs_folder(self.name)
 

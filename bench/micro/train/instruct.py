@@ -1,4 +1,4 @@
-"""micro-ip2p: instruction editing after InstructPix2Pix (Brooks et al. 2023), learned from the world's exact edit pairs.
+"""micro-ip2p: instruction editing after InstructPix2Pix (Brooks et al. 2023), on the world's exact edit pairs.
 
 The UNet of micro-sd-a gets four more input channels, at first zero, for the latents of the picture to edit, and is
 trained on (picture, instruction, edited picture). Text, picture or both are dropped in 5 % of the rows each, so that
@@ -31,7 +31,7 @@ BATCH = 32
 
 @dataclass
 class Pairs:
-    """Latents before (unscaled, as the pipeline feeds them) and after (scaled) float32 [n, 4, 16, 16], and the instructions."""
+    """Latents float32 [n, 4, 16, 16] before (unscaled, as the pipeline feeds them) and after (scaled); instructions."""
 
     before: Tensor
     after: Tensor
@@ -113,7 +113,9 @@ def train() -> None:
     torch.manual_seed(SCHEDULE.seed)
     recipe = text_to_image.RECIPES["a"]
     base = weights_folder(recipe.name)
-    vae = AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=torch.float32).eval().requires_grad_(False)
+    vae = (
+        AutoencoderKL.from_pretrained(base, subfolder="vae", dtype=torch.float32).eval().requires_grad_(False)
+    )
     plain = UNet2DConditionModel.from_pretrained(base, subfolder="unet", dtype=torch.float32)
     unet = widen(plain, recipe.channels).to(memory_format=torch.channels_last)
     text_encoder = CLIPTextModel.from_pretrained(base, subfolder="text_encoder", dtype=torch.float32)

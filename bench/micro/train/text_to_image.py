@@ -65,8 +65,12 @@ class Recipe:
 
 
 RECIPES = {
-    "a": Recipe("micro-sd-a", "a", "sd_a", (64, 128, 128), common.Schedule(3900, 8e-4, seed=31, warmup=150, ema=0.999)),
-    "b": Recipe("micro-sd-b", "b", "sd_b", (48, 96, 128), common.Schedule(3200, 8e-4, seed=32, warmup=150, ema=0.999)),
+    "a": Recipe(
+        "micro-sd-a", "a", "sd_a", (64, 128, 128), common.Schedule(2800, 8e-4, seed=31, warmup=150, ema=0.999)
+    ),
+    "b": Recipe(
+        "micro-sd-b", "b", "sd_b", (48, 96, 128), common.Schedule(2400, 8e-4, seed=32, warmup=150, ema=0.999)
+    ),
 }
 
 
@@ -133,9 +137,13 @@ def _adapter_processor(unet: UNet2DConditionModel, name: str) -> IPAdapterAttnPr
     return IPAdapterAttnProcessor2_0(hidden, clip.WIDTH, num_tokens=(PROMPT_TOKENS, PROMPT_TOKENS))
 
 
-def plain_unet(unet: UNet2DConditionModel, channels: tuple[int, ...], in_channels: int = 4) -> UNet2DConditionModel:
+def plain_unet(
+    unet: UNet2DConditionModel, channels: tuple[int, ...], in_channels: int = 4
+) -> UNet2DConditionModel:
     """A copy without adapters."""
-    state = {k: v for k, v in unet.state_dict().items() if ".processor." not in k and "encoder_hid_proj" not in k}
+    state = {
+        k: v for k, v in unet.state_dict().items() if ".processor." not in k and "encoder_hid_proj" not in k
+    }
     plain = new_unet(channels, in_channels)
     plain.load_state_dict(state)
     return plain
@@ -163,7 +171,7 @@ def adapter_state(unet: UNet2DConditionModel, index: int) -> dict[str, Tensor]:
 
 @dataclass
 class Corpus:
-    """Everything a step needs, computed once: scaled latents, image and face embeddings, and what is true of a picture."""
+    """What a step needs, computed once: scaled latents, image and face embeddings, and the facts of each picture."""
 
     latents: Tensor
     images: Tensor
@@ -178,7 +186,9 @@ class Corpus:
 
 
 @torch.no_grad()
-def image_embeddings(model: CLIPModel | CLIPVisionModelWithProjection, pixels: np.ndarray, batch: int = 250) -> Tensor:
+def image_embeddings(
+    model: CLIPModel | CLIPVisionModelWithProjection, pixels: np.ndarray, batch: int = 250
+) -> Tensor:
     """micro-clip's image embeddings, not normalised: float32 [n, 128]."""
     parts = []
     for i in range(0, len(pixels), batch):
@@ -192,7 +202,7 @@ def face_embeddings(pixels: np.ndarray, name: str = "micro-face-1", batch: int =
     """Unit face embeddings float32 [n, d]; zeros where no face is detected."""
     from bench.faces import load_face_encoder
 
-    encoder = load_face_encoder(str(weights_folder(name)))
+    encoder = load_face_encoder(weights_folder(name))
     parts = []
     for i in range(0, len(pixels), batch):
         unit, detected = encoder.embed(torch.from_numpy(pixels[i : i + batch]).float() / 255)
@@ -218,7 +228,9 @@ def scaled_latents(recipe: Recipe) -> Tensor:
     """The latents of the recipe's pictures, scaled to unit variance; cached."""
     vae = autoencoder.load(recipe.which)
     pixels = world.dataset(recipe.split, recipe.pictures, views_per_identity=recipe.views).pixels
-    return _cached(recipe, "latents", lambda: autoencoder.encode(vae, pixels).float() * vae.config.scaling_factor)
+    return _cached(
+        recipe, "latents", lambda: autoencoder.encode(vae, pixels).float() * vae.config.scaling_factor
+    )
 
 
 def prepare(recipe: Recipe, model: CLIPModel) -> Corpus:
@@ -288,7 +300,10 @@ class Trainer:
             guess = self.unet(noisy, times, states, added_cond_kwargs=kwargs).sample
         errors = (guess.float() - noise).square().mean((1, 2, 3))
         plain = errors[gates.sum(1) == 0].mean()
-        return (errors * self.weights[times]).mean(), {"mse": float(errors.mean().detach()), "plain": float(plain.detach())}
+        return (errors * self.weights[times]).mean(), {
+            "mse": float(errors.mean().detach()),
+            "plain": float(plain.detach()),
+        }
 
 
 def text_encoder_of(model: CLIPModel) -> CLIPTextModel:
@@ -307,7 +322,9 @@ def image_encoder_of(model: CLIPModel) -> CLIPVisionModelWithProjection:
     return encoder.eval().requires_grad_(False)
 
 
-def export(recipe: Recipe, unet: UNet2DConditionModel, vae: AutoencoderKL, model: CLIPModel, tokenizer: CLIPTokenizer) -> None:
+def export(
+    recipe: Recipe, unet: UNet2DConditionModel, vae: AutoencoderKL, model: CLIPModel, tokenizer: CLIPTokenizer
+) -> None:
     """Write the pipeline folder and, beside it, both adapters with their image encoder."""
     pipe = StableDiffusionPipeline(
         vae=vae,
@@ -329,7 +346,9 @@ def save_pipeline(pipe: StableDiffusionPipeline, target: Path) -> None:
     import copy
 
     with common.replacing(target) as folder:
-        parts = {k: copy.deepcopy(v).half() if isinstance(v, nn.Module) else v for k, v in pipe.components.items()}
+        parts = {
+            k: copy.deepcopy(v).half() if isinstance(v, nn.Module) else v for k, v in pipe.components.items()
+        }
         type(pipe)(**parts, requires_safety_checker=False).save_pretrained(folder)
         clip.save_tokenizer(pipe.tokenizer, folder / "tokenizer")
 
@@ -349,7 +368,7 @@ def train(which: str) -> None:
     """Train model `which` ("a" or "b") with its adapters."""
     recipe = RECIPES[which]
     torch.manual_seed(recipe.schedule.seed)
-    vae, model = autoencoder.load(which), load_clip()
+    model = load_clip()
     tokenizer = CLIPTokenizer.from_pretrained(weights_folder(clip.NAME))
     corpus = prepare(recipe, model)
     unet = new_unet(recipe.channels)
@@ -358,6 +377,6 @@ def train(which: str) -> None:
     trainer = Trainer(recipe, corpus, unet, text_encoder_of(model), tokenizer)
 
     def publish() -> None:
-        export(recipe, unet, vae, model, tokenizer)
+        export(recipe, unet, autoencoder.load_sharpened(which), model, tokenizer)
 
     common.fit(common.Job(recipe.name, unet, recipe.schedule, publish, export_every=600), trainer.loss)
