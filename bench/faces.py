@@ -1,8 +1,8 @@
 """Face recognisers: pictures in, unit embeddings and "was there a face" out.
 
-`FaceEncoder` is a small convolutional recogniser that ships with the micro tier; `insightface_recogniser` puts a
-published InsightFace pack behind the same `FaceRecogniser` protocol. Identity is compared by the cosine of two
-embeddings, which is their dot product because both have length 1.
+`FaceEncoder` is a small convolutional recogniser that ships with the micro tier; `insightface_recogniser`
+puts a published InsightFace pack behind the same `FaceRecogniser` protocol. Identity is compared by the
+cosine of two embeddings, which is their dot product because both have length 1.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bench.errors import BenchError, unknown
 
@@ -44,9 +43,10 @@ class FaceRecogniser(Protocol):
 class FaceEncoderConfig:
     """Shape and calibration of a `FaceEncoder`.
 
-    `widths`: channels of the four stages, at 1/2, 1/4, 1/8 and 1/16 of `size`. `blocks`: residual blocks in each.
-    A face is found where the detection logit is at least `detection_threshold`; two faces count as one person where
-    their cosine is at least `similarity_threshold`, which lets 1 in 1000 pairs of different people pass.
+    `widths`: channels of the four stages, at 1/2, 1/4, 1/8 and 1/16 of `size`. `blocks`: residual blocks in
+    each. A face is found where the detection logit is at least `detection_threshold`; two faces count as one
+    person where their cosine is at least `similarity_threshold`, which lets 1 in 1000 pairs of different
+    people pass.
     """
 
     widths: tuple[int, ...] = (24, 48, 96, 192)
@@ -59,7 +59,9 @@ class FaceEncoderConfig:
 
     def __post_init__(self) -> None:
         if len(self.widths) != len(self.blocks) or not self.widths:
-            raise BenchError(f"face encoder: widths {self.widths} and blocks {self.blocks} need the same length >= 1.")
+            raise BenchError(
+                f"face encoder: widths {self.widths} and blocks {self.blocks} need the same length >= 1."
+            )
 
 
 class _Block(nn.Module):
@@ -72,13 +74,15 @@ class _Block(nn.Module):
         self.conv2 = nn.Conv2d(wide_out, wide_out, 3, 1, 1, bias=False)
         self.norm2 = nn.BatchNorm2d(wide_out)
         same = stride == 1 and wide_in == wide_out
-        self.shortcut = nn.Identity() if same else nn.Sequential(
-            nn.Conv2d(wide_in, wide_out, 1, stride, bias=False), nn.BatchNorm2d(wide_out)
+        self.shortcut = (
+            nn.Identity()
+            if same
+            else nn.Sequential(nn.Conv2d(wide_in, wide_out, 1, stride, bias=False), nn.BatchNorm2d(wide_out))
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
+        inner = nn.functional.relu(self.norm1(self.conv1(x)))
+        return nn.functional.relu(self.norm2(self.conv2(inner)) + self.shortcut(x))
 
 
 class FaceEncoder(nn.Module):
@@ -91,7 +95,9 @@ class FaceEncoder(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, first, 3, 2, 1, bias=False), nn.BatchNorm2d(first), nn.ReLU())
         self.stages = nn.Sequential(*_stages(config))
         last = config.widths[-1] * (config.size // 2 ** len(config.widths)) ** 2
-        self.identity = nn.Sequential(nn.Flatten(), nn.Linear(last, config.dimension), nn.BatchNorm1d(config.dimension))
+        self.identity = nn.Sequential(
+            nn.Flatten(), nn.Linear(last, config.dimension), nn.BatchNorm1d(config.dimension)
+        )
         self.detection = nn.Sequential(nn.Flatten(), nn.Linear(last, 32), nn.ReLU(), nn.Linear(32, 1))
 
     @property
@@ -107,22 +113,27 @@ class FaceEncoder(nn.Module):
             )
         size = (self.config.size, self.config.size)
         if tuple(pixels.shape[2:]) != size:
-            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+            pixels = nn.functional.interpolate(
+                pixels, size, mode="bilinear", antialias=True, align_corners=False
+            )
         return pixels * 2 - 1
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings [n, d] before normalisation and detection logits [n] of pictures [n, 3, h, w] in [0, 1]."""
+        """Embeddings [n, d] before normalisation and detection logits [n] of pictures [n, 3, h, w] in [0,
+        1].
+        """
         features = self.stages(self.stem(self.prepare(pixels)))
         return self.identity(features), self.detection(features)[:, 0]
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of length 1, float [n, d], differentiable in `pixels`, and whether a face was found, bool [n].
+        """Embeddings of length 1, float [n, d], differentiable in `pixels`, and whether a face was found,
+        bool [n].
 
-        `pixels`: float [n, 3, h, w] in [0, 1]; other sizes than the encoder's are resized (bilinear, antialiased).
-        A picture without a face still gets an embedding of length 1.
+        `pixels`: float [n, 3, h, w] in [0, 1]; other sizes than the encoder's are resized (bilinear,
+        antialiased). A picture without a face still gets an embedding of length 1.
         """
         raw, logit = self(pixels)
-        return F.normalize(raw.float(), dim=1), logit.detach() >= self.config.detection_threshold
+        return nn.functional.normalize(raw.float(), dim=1), logit.detach() >= self.config.detection_threshold
 
 
 def _stages(config: FaceEncoderConfig) -> list[nn.Module]:
@@ -151,7 +162,8 @@ def save_face_encoder(encoder: FaceEncoder, folder: Path) -> None:
 def load_face_encoder(folder: Path) -> FaceEncoder:
     """The encoder stored in `folder`: float32, in eval mode, its weights frozen.
 
-    Raises `BenchError` where the folder is incomplete, holds only a pickle, or does not fit its own configuration.
+    Raises `BenchError` where the folder is incomplete, holds only a pickle, or does not fit its own
+    configuration.
     """
     from safetensors.torch import load_file
 
@@ -159,11 +171,15 @@ def load_face_encoder(folder: Path) -> FaceEncoder:
     try:
         state = load_file(_weights(folder))
     except Exception as error:
-        raise BenchError(f"face encoder: {folder / WEIGHTS_FILE} is not a readable safetensors file: {error}") from error
+        raise BenchError(
+            f"face encoder: {folder / WEIGHTS_FILE} is not a readable safetensors file: {error}"
+        ) from error
     try:
         encoder.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     except RuntimeError as error:
-        raise BenchError(f"face encoder: the weights in {folder} do not fit its {CONFIG_FILE}: {error}") from error
+        raise BenchError(
+            f"face encoder: the weights in {folder} do not fit its {CONFIG_FILE}: {error}"
+        ) from error
     return encoder.eval().requires_grad_(False)
 
 
@@ -177,31 +193,40 @@ def _weights(folder: Path) -> Path:
             f"face encoder: {folder} holds {', '.join(pickles)} but no {WEIGHTS_FILE}; a pickle can run code when it "
             f"is loaded and is refused. Convert it to safetensors first."
         )
-    raise BenchError(f"face encoder: {file} is missing; a face encoder's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+    raise BenchError(
+        f"face encoder: {file} is missing; a face encoder's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
+    )
 
 
 def _read_config(folder: Path) -> FaceEncoderConfig:
     file = folder / CONFIG_FILE
     if not file.is_file():
-        raise BenchError(f"face encoder: {file} is missing; a face encoder's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}.")
+        raise BenchError(
+            f"face encoder: {file} is missing; a face encoder's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}."
+        )
     try:
         values = json.loads(file.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise BenchError(f"face encoder: {file} is not valid JSON: {error}") from error
     if not isinstance(values, dict) or values.pop("_class_name", None) != "FaceEncoder":
-        raise BenchError(f"face encoder: {file} does not describe a FaceEncoder (its _class_name says otherwise).")
+        raise BenchError(
+            f"face encoder: {file} does not describe a FaceEncoder (its _class_name says otherwise)."
+        )
     return _config_from(values, file)
 
 
 def _config_from(values: dict[str, Any], file: Path) -> FaceEncoderConfig:
     known = {f.name for f in fields(FaceEncoderConfig)}
     if wrong := sorted(set(values) ^ known):
-        raise BenchError(f"face encoder: {file} has missing or unknown entries {wrong}; it needs {sorted(known)}.")
+        raise BenchError(
+            f"face encoder: {file} has missing or unknown entries {wrong}; it needs {sorted(known)}."
+        )
     return FaceEncoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def recogniser(name: str) -> FaceRecogniser:
-    """The recogniser called `name`: one of the micro tier (`micro-face-1`), `insightface:<pack or folder>`, or a folder.
+    """The recogniser called `name`: one of the micro tier (`micro-face-1`), `insightface:<pack or folder>`,
+    or a folder.
 
     Raises `BenchError` for anything else, naming what there is.
     """
@@ -224,7 +249,8 @@ class InsightFaceRecogniser:
     dimension: int = 512
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings of length 1, float32 [n, d], and whether a face was found, of pictures [n, 3, h, w] in [0, 1].
+        """Embeddings of length 1, float32 [n, d], and whether a face was found, of pictures [n, 3, h, w] in
+        [0, 1].
 
         The embedding of a picture without a face is zero.
         """
@@ -237,12 +263,14 @@ class InsightFaceRecogniser:
 
     def _largest(self, picture: Tensor) -> Tensor | None:
         # InsightFace reads blue, green, red, as OpenCV does.
-        bgr = (picture.flip(0).permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy()
+        bgr = (
+            (picture.flip(0).permute(1, 2, 0).clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy()
+        )
         faces = self.analysis.get(bgr)
         if not faces:
             return None
         biggest = max(faces, key=_area)
-        return F.normalize(torch.as_tensor(biggest.normed_embedding, dtype=torch.float32), dim=0)
+        return nn.functional.normalize(torch.as_tensor(biggest.normed_embedding, dtype=torch.float32), dim=0)
 
 
 def _area(face: Any) -> float:
@@ -258,14 +286,16 @@ def insightface_recogniser(
 ) -> InsightFaceRecogniser:
     """A recogniser from an InsightFace pack that is already on disk; nothing is downloaded.
 
-    `pack`: a folder of `.onnx` files, or the name of a pack in `<root>/models`. `det_size`: the size, width and
-    height, at which faces are looked for; stated because the package's default differs between versions.
+    `pack`: a folder of `.onnx` files, or the name of a pack in `<root>/models`. `det_size`: the size, width
+    and height, at which faces are looked for; stated because the package's default differs between versions.
     Raises `BenchError` where the package or the pack is missing, naming what to get.
     """
     folder = _pack_folder(pack, root)
     on_cpu = providers[0] == "CPUExecutionProvider"
     try:
-        analysis = _face_analysis()(str(folder), allowed_modules=["detection", "recognition"], providers=list(providers))
+        analysis = _face_analysis()(
+            str(folder), allowed_modules=["detection", "recognition"], providers=list(providers)
+        )
         dimension = int(analysis.models["recognition"].output_shape[-1])
         analysis.prepare(ctx_id=-1 if on_cpu else 0, det_thresh=0.5, det_size=det_size)
     except BenchError:

@@ -50,7 +50,8 @@ def test_embeddings_have_length_one_and_the_threshold_decides_what_is_found(tmp_
     encoder.config = FaceEncoderConfig(**{**SMALL.__dict__, "detection_threshold": middle})
     embeddings, found = encoder.embed(pixels)
     assert torch.allclose(embeddings.norm(dim=1), torch.ones(40), atol=1e-5)
-    assert found.dtype == torch.bool and found.tolist() == (logits >= middle).tolist()
+    assert found.dtype == torch.bool
+    assert found.tolist() == (logits >= middle).tolist()
     assert 0 < int(found.sum()) < 40
 
 
@@ -76,13 +77,17 @@ def test_the_gradient_reaches_the_pixels_and_matches_finite_differences() -> Non
 def test_other_sizes_are_resized_with_antialiasing(size: int) -> None:
     encoder = small_encoder()
     plain = torch.rand(2, 3, 1, 1).expand(2, 3, size, size)
-    assert torch.allclose(encoder.embed(plain)[0], encoder.embed(plain[..., :1, :1].expand(2, 3, 16, 16))[0], atol=1e-4)
+    assert torch.allclose(
+        encoder.embed(plain)[0], encoder.embed(plain[..., :1, :1].expand(2, 3, 16, 16))[0], atol=1e-4
+    )
     stripes = (torch.arange(size) % 2).float().expand(1, 3, size, size)
     if size == 64:  # stripes finer than the encoder can see must come out grey, not as stripes
         assert float(encoder.prepare(stripes).std()) < 0.05
 
 
-@pytest.mark.parametrize("wrong", [torch.rand(3, 16, 16), torch.rand(1, 1, 16, 16), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "wrong", [torch.rand(3, 16, 16), torch.rand(1, 1, 16, 16), torch.zeros(1, 3, 16, 16, dtype=torch.uint8)]
+)
 def test_wrong_pixels_are_refused(wrong: torch.Tensor) -> None:
     with pytest.raises(BenchError, match=r"float \[n, 3, h, w\]"):
         small_encoder().embed(wrong)
@@ -151,7 +156,8 @@ def test_insightface_gives_the_largest_face_in_bgr_and_zeros_without_one() -> No
     embeddings, found = InsightFaceRecogniser(analysis, 2).embed(torch.stack([red, blue]))
     assert found.tolist() == [True, False]
     assert embeddings.tolist() == [[0.0, 1.0], [0.0, 0.0]]
-    assert analysis.seen[1].dtype == np.uint8 and analysis.seen[1][3, 3].tolist() == [153, 0, 0]
+    assert analysis.seen[1].dtype == np.uint8
+    assert analysis.seen[1][3, 3].tolist() == [153, 0, 0]
 
 
 def test_a_missing_insightface_pack_is_named_and_not_downloaded(tmp_path: Path) -> None:
@@ -185,7 +191,9 @@ def unseen() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_a_shipped_encoder_tells_unseen_people_apart(name: str, unseen: tuple[np.ndarray, np.ndarray]) -> None:
+def test_a_shipped_encoder_tells_unseen_people_apart(
+    name: str, unseen: tuple[np.ndarray, np.ndarray]
+) -> None:
     encoder = load_face_encoder(models.weights_folder(name))
     embeddings, found = encoder.embed(torch.from_numpy(unseen[0] / np.float32(255)))
     same, different = training.pair_cosines(embeddings, unseen[1])
@@ -197,7 +205,9 @@ def test_a_shipped_encoder_tells_unseen_people_apart(name: str, unseen: tuple[np
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_a_shipped_encoder_finds_no_face_where_there_is_none(name: str, unseen: tuple[np.ndarray, np.ndarray]) -> None:
+def test_a_shipped_encoder_finds_no_face_where_there_is_none(
+    name: str, unseen: tuple[np.ndarray, np.ndarray]
+) -> None:
     encoder = load_face_encoder(models.weights_folder(name))
     rng = np.random.default_rng(2)
     faces = torch.from_numpy(unseen[0][:120] / np.float32(255))
@@ -219,7 +229,10 @@ def test_the_judge_shares_its_people_and_its_width_with_no_other_encoder() -> No
 
 def test_the_area_under_the_curve_counts_pairs() -> None:
     rng = np.random.default_rng(0)
-    same, different = torch.from_numpy(rng.integers(0, 9, 30) + 2.0), torch.from_numpy(rng.integers(0, 9, 40) + 0.0)
+    same, different = (
+        torch.from_numpy(rng.integers(0, 9, 30) + 2.0),
+        torch.from_numpy(rng.integers(0, 9, 40) + 0.0),
+    )
     counted = np.mean([(a > b) + 0.5 * (a == b) for a in same.tolist() for b in different.tolist()])
     assert training.area_under_curve(same, different) == pytest.approx(counted)
 
@@ -228,7 +241,8 @@ def test_pairs_are_all_pairs_once() -> None:
     embeddings = torch.eye(4)
     embeddings[1] = embeddings[0]
     same, different = training.pair_cosines(embeddings, np.array([5, 5, 6, 5]))
-    assert sorted(same.tolist()) == [0.0, 0.0, 1.0] and len(different) == 3
+    assert sorted(same.tolist()) == [0.0, 0.0, 1.0]
+    assert len(different) == 3
 
 
 def test_the_margin_lowers_the_true_class_only() -> None:
@@ -250,4 +264,6 @@ def test_harms_keep_the_shape_and_do_what_they_say() -> None:
     assert not torch.equal(mixed, pixels)
     assert torch.equal(mixed.flatten(2).sort().values, pixels.flatten(2).sort().values)
     harmed = training.imperfect(rng, pixels)
-    assert harmed.shape == pixels.shape and 0 <= float(harmed.min()) and float(harmed.max()) <= 1
+    assert harmed.shape == pixels.shape
+    assert float(harmed.min()) >= 0
+    assert float(harmed.max()) <= 1

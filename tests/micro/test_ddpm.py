@@ -16,7 +16,8 @@ def test_halving_takes_the_mean_of_four_pixels() -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (2, 3, 6, 4), dtype=np.uint8)
     small = ddpm.halved(pixels)
-    assert small.shape == (2, 3, 3, 2) and small.dtype == np.uint8
+    assert small.shape == (2, 3, 3, 2)
+    assert small.dtype == np.uint8
     assert abs(float(small[1, 2, 1, 0]) - pixels[1, 2, 2:4, 0:2].astype(float).mean()) <= 0.5
     assert ddpm.halved(np.full((1, 3, 4, 4), 255, np.uint8)).max() == 255
 
@@ -38,7 +39,8 @@ def test_the_exported_folder_is_a_half_precision_pipeline(tmp_path: Path) -> Non
     assert pipeline.scheduler.config.num_train_timesteps == 100
     loaded, _ = ddpm.load(tmp_path)
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 90])
-    assert loaded.dtype == torch.float32 and unet.dtype == torch.float32
+    assert loaded.dtype == torch.float32
+    assert unet.dtype == torch.float32
     with torch.no_grad():
         assert torch.allclose(loaded(x, t).sample, unet(x, t).sample, atol=1e-2)
 

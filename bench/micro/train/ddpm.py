@@ -1,8 +1,8 @@
 """The unconditional diffusion model: 32x32 portraits, a chain of 100 steps.
 
-The chain is the common one of 1000 steps (linear betas from 1e-4 to 0.02) shortened tenfold with betas ten times as
-large, so that running all of it costs 100 network calls and ends in the same noise. Predicted pictures are not clipped:
-a shifted path, as backdoors take it, leaves [-1, 1].
+The chain is the common one of 1000 steps (linear betas from 1e-4 to 0.02) shortened tenfold with betas ten
+times as large, so that running all of it costs 100 network calls and ends in the same noise. Predicted
+pictures are not clipped: a shifted path, as backdoors take it, leaves [-1, 1].
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from bench.micro import models, world
 from bench.micro.train import common
@@ -40,7 +39,9 @@ RECIPE = Recipe(common.Schedule(steps=3000, lr=1.6e-3, seed=31, ema=0.998, weigh
 
 
 def new_unet(channels: tuple[int, ...]) -> UNet2DModel:
-    """A UNet with self-attention in the middle only: most of its cost is at the finest level, so that one is thin."""
+    """A UNet with self-attention in the middle only: most of its cost is at the finest level, so that one is
+    thin.
+    """
     return UNet2DModel(
         sample_size=SIZE,
         layers_per_block=1,
@@ -73,7 +74,9 @@ def halved(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def noise_loss(unet: UNet2DModel, scheduler: DDPMScheduler, clean: Tensor) -> Tensor:
-    """The simple loss (Ho et al., NeurIPS 2020, eq. 14) on pictures [n, 3, 32, 32] in [-1, 1], one noise level each."""
+    """The simple loss (Ho et al., NeurIPS 2020, eq. 14) on pictures [n, 3, 32, 32] in [-1, 1], one noise
+    level each.
+    """
     n = len(clean)
     # One level from each of n equal parts of the chain: the same mean as independent draws, with less variance.
     total = scheduler.config.num_train_timesteps
@@ -81,7 +84,7 @@ def noise_loss(unet: UNet2DModel, scheduler: DDPMScheduler, clean: Tensor) -> Te
     noise = torch.randn_like(clean)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         guess = unet(scheduler.add_noise(clean, noise, t), t).sample
-    return F.mse_loss(guess.float(), noise)
+    return nn.functional.mse_loss(guess.float(), noise)
 
 
 def export(unet: UNet2DModel, folder: Path) -> None:
@@ -126,4 +129,16 @@ def sample(unet: UNet2DModel, scheduler: DDPMScheduler, start: Tensor, seed: int
     return (x / 2 + 0.5).clamp(0, 1)
 
 
-__all__ = ["NAME", "RECIPE", "Recipe", "export", "load", "new_scheduler", "new_unet", "noise_loss", "portraits", "sample", "train"]
+__all__ = [
+    "NAME",
+    "RECIPE",
+    "Recipe",
+    "export",
+    "load",
+    "new_scheduler",
+    "new_unet",
+    "noise_loss",
+    "portraits",
+    "sample",
+    "train",
+]

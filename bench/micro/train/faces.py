@@ -1,7 +1,8 @@
 """The face encoders: a margin softmax over identities and a face-or-no-face head.
 
-The margin is CosFace's (Wang et al., CVPR 2018, eq. 4): logits `s (cos_y - m)` for the true class and `s cos_j` for the
-others. Mirrored pictures are not used: a mole and a parting make faces asymmetric, so a mirror image is another person.
+The margin is CosFace's (Wang et al., CVPR 2018, eq. 4): logits `s (cos_y - m)` for the true class and `s
+cos_j` for the others. Mirrored pictures are not used: a mole and a parting make faces asymmetric, so a mirror
+image is another person.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bench.faces import FaceEncoder, FaceEncoderConfig, load_face_encoder, save_face_encoder
 from bench.micro import models, world
@@ -74,20 +74,29 @@ class Trainee(nn.Module):
         self.encoder = FaceEncoder(recipe.config)
         self.centres = nn.Parameter(torch.randn(recipe.people, recipe.config.dimension) * 0.05)
 
-    def loss(self, faces: Tensor, labels: Tensor, others: Tensor, margin: float) -> tuple[Tensor, dict[str, float]]:
+    def loss(
+        self, faces: Tensor, labels: Tensor, others: Tensor, margin: float
+    ) -> tuple[Tensor, dict[str, float]]:
         """Margin softmax on `faces` and a detection loss on both; pixels in [0, 1]."""
         raw, logit = self.encoder(torch.cat([faces, others]))
-        cosine = F.normalize(raw[: len(faces)].float(), dim=1) @ F.normalize(self.centres, dim=1).T
-        identity = F.cross_entropy(margin_logits(cosine, labels, self.recipe.scale, margin), labels)
+        cosine = (
+            nn.functional.normalize(raw[: len(faces)].float(), dim=1)
+            @ nn.functional.normalize(self.centres, dim=1).T
+        )
+        identity = nn.functional.cross_entropy(
+            margin_logits(cosine, labels, self.recipe.scale, margin), labels
+        )
         wanted = torch.cat([torch.ones(len(faces)), torch.zeros(len(others))])
-        detection = F.binary_cross_entropy_with_logits(logit.float(), wanted)
+        detection = nn.functional.binary_cross_entropy_with_logits(logit.float(), wanted)
         right = float((cosine.argmax(1) == labels).float().mean())
         return identity + detection, {"detection": float(detection.detach()), "top1": right}
 
 
 def margin_logits(cosine: Tensor, labels: Tensor, scale: float, margin: float) -> Tensor:
-    """CosFace logits of cosines [n, classes]: `scale * (cosine - margin)` at the label, `scale * cosine` elsewhere."""
-    return scale * (cosine - margin * F.one_hot(labels, cosine.shape[1]))
+    """CosFace logits of cosines [n, classes]: `scale * (cosine - margin)` at the label, `scale * cosine`
+    elsewhere.
+    """
+    return scale * (cosine - margin * nn.functional.one_hot(labels, cosine.shape[1]))
 
 
 # --- What can happen to a picture of a face ------------------------------------------------------------------------
@@ -98,13 +107,19 @@ def _uniform(rng: np.random.Generator, n: int, low: float, high: float) -> Tenso
 
 
 def _some(rng: np.random.Generator, changed: Tensor, pixels: Tensor, share: float) -> Tensor:
-    return torch.where(torch.from_numpy(rng.random(len(pixels)) < share)[:, None, None, None], changed, pixels)
+    return torch.where(
+        torch.from_numpy(rng.random(len(pixels)) < share)[:, None, None, None], changed, pixels
+    )
 
 
 def shift_colours(rng: np.random.Generator, pixels: Tensor, strength: float = 0.15) -> Tensor:
     """Brightness, contrast, saturation and a tint, drawn per picture."""
     n = len(pixels)
-    pixels = (pixels - 0.5) * _uniform(rng, n, 1 - strength, 1 + strength) + 0.5 + _uniform(rng, n, -0.5, 0.5) * strength
+    pixels = (
+        (pixels - 0.5) * _uniform(rng, n, 1 - strength, 1 + strength)
+        + 0.5
+        + _uniform(rng, n, -0.5, 0.5) * strength
+    )
     grey = pixels.mean(1, keepdim=True)
     tint = torch.from_numpy(rng.uniform(-0.25, 0.25, (n, 3, 1, 1)).astype(np.float32)) * strength
     return grey + (pixels - grey) * _uniform(rng, n, 1 - 2 * strength, 1 + 2 * strength) + tint
@@ -117,13 +132,17 @@ def blur(pixels: Tensor, sigma: Tensor) -> Tensor:
     kernel = torch.exp(-0.5 * (place / sigma.flatten()[:, None]) ** 2)
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)
     n, _, h, w = pixels.shape
-    flat = F.pad(pixels, (reach,) * 4, mode="replicate").reshape(1, n * 3, h + 2 * reach, w + 2 * reach)
-    flat = F.conv2d(flat, kernel[:, None, None, :], groups=n * 3)
-    return F.conv2d(flat, kernel[:, None, :, None], groups=n * 3).reshape(n, 3, h, w)
+    flat = nn.functional.pad(pixels, (reach,) * 4, mode="replicate").reshape(
+        1, n * 3, h + 2 * reach, w + 2 * reach
+    )
+    flat = nn.functional.conv2d(flat, kernel[:, None, None, :], groups=n * 3)
+    return nn.functional.conv2d(flat, kernel[:, None, :, None], groups=n * 3).reshape(n, 3, h, w)
 
 
 def crop(rng: np.random.Generator, pixels: Tensor, closest: float = 0.8, farthest: float = 1.1) -> Tensor:
-    """A window of `closest` to `farthest` of the picture, moved a little and turned a little; edges are repeated."""
+    """A window of `closest` to `farthest` of the picture, moved a little and turned a little; edges are
+    repeated.
+    """
     n = len(pixels)
     zoom, turn = rng.uniform(closest, farthest, n), rng.normal(0, 0.06, n)
     room = np.abs(1 - zoom) + 0.04
@@ -131,14 +150,16 @@ def crop(rng: np.random.Generator, pixels: Tensor, closest: float = 0.8, farthes
     theta[:, 0, 0] = theta[:, 1, 1] = zoom * np.cos(turn)
     theta[:, 0, 1], theta[:, 1, 0] = -zoom * np.sin(turn), zoom * np.sin(turn)
     theta[:, :, 2] = rng.uniform(-1, 1, (n, 2)) * room[:, None]
-    grid = F.affine_grid(torch.from_numpy(theta), list(pixels.shape), align_corners=False)
-    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+    grid = nn.functional.affine_grid(torch.from_numpy(theta), list(pixels.shape), align_corners=False)
+    return nn.functional.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
 
 
 def coarse(pixels: Tensor, size: int) -> Tensor:
     """The picture brought down to `size` and back, as a small generator would give it."""
-    small = F.interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return F.interpolate(small, tuple(pixels.shape[2:]), mode="bilinear", align_corners=False)
+    small = nn.functional.interpolate(
+        pixels, (size, size), mode="bilinear", antialias=True, align_corners=False
+    )
+    return nn.functional.interpolate(small, tuple(pixels.shape[2:]), mode="bilinear", align_corners=False)
 
 
 def _cosine_basis() -> Tensor:
@@ -149,18 +170,24 @@ def _cosine_basis() -> Tensor:
 
 
 def jpeg_like(pixels: Tensor, step: Tensor) -> Tensor:
-    """Round the 8x8 cosine transform of each channel to multiples of `step` [n, 1, 1, 1], coarser for high ones."""
+    """Round the 8x8 cosine transform of each channel to multiples of `step` [n, 1, 1, 1], coarser for high
+    ones.
+    """
     n, c, h, w = pixels.shape
     basis = _cosine_basis()
     blocks = pixels.reshape(n, c, h // 8, 8, w // 8, 8)
     waves = torch.einsum("ux,ncixjy,vy->nciujv", basis, blocks, basis)
     order = torch.arange(8.0)
     grain = step[..., None, None] * (1 + 0.5 * (order[:, None] + order[None, :]))[:, None, :]
-    return torch.einsum("ux,nciujv,vy->ncixjy", basis, (waves / grain).round() * grain, basis).reshape(n, c, h, w)
+    return torch.einsum("ux,nciujv,vy->ncixjy", basis, (waves / grain).round() * grain, basis).reshape(
+        n, c, h, w
+    )
 
 
 def imperfect(rng: np.random.Generator, pixels: Tensor) -> Tensor:
-    """Faces as cameras, codecs and generators leave them: each harm befalls some of the pictures. Range [0, 1]."""
+    """Faces as cameras, codecs and generators leave them: each harm befalls some of the pictures. Range [0,
+    1].
+    """
     n = len(pixels)
     pixels = _some(rng, crop(rng, pixels), pixels, 0.7)
     pixels = _some(rng, shift_colours(rng, pixels), pixels, 0.7)
@@ -202,14 +229,20 @@ def draw_others(people: range, n: int, seed: int) -> NDArray[np.uint8]:
     """Heads without features and places without people, uint8 [n, 3, 64, 64]."""
     rng = np.random.default_rng((seed, 99))
     picks = rng.integers(people.start, people.stop, n)
-    return np.stack([_draw_other(rng, int(index), row % 2) for row, index in enumerate(picks)]).transpose(0, 3, 1, 2)
+    return np.stack([_draw_other(rng, int(index), row % 2) for row, index in enumerate(picks)]).transpose(
+        0, 3, 1, 2
+    )
 
 
 def scramble(rng: np.random.Generator, pixels: Tensor, tile: int) -> Tensor:
     """The tiles of each picture in another order."""
     n, c, h, w = pixels.shape
     rows = h // tile
-    tiles = pixels.reshape(n, c, rows, tile, rows, tile).permute(0, 2, 4, 1, 3, 5).reshape(n, rows * rows, c, tile, tile)
+    tiles = (
+        pixels.reshape(n, c, rows, tile, rows, tile)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(n, rows * rows, c, tile, tile)
+    )
     order = torch.from_numpy(rng.permuted(np.tile(np.arange(rows * rows), (n, 1)), axis=1))
     mixed = torch.gather(tiles, 1, order[:, :, None, None, None].expand_as(tiles))
     return mixed.reshape(n, rows, rows, c, tile, tile).permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)
@@ -218,7 +251,11 @@ def scramble(rng: np.random.Generator, pixels: Tensor, tile: int) -> Tensor:
 def blend(rng: np.random.Generator, pixels: Tensor) -> Tensor:
     """Each picture averaged with three others that are shifted or upside down."""
     order = [torch.from_numpy(rng.permutation(len(pixels))) for _ in range(3)]
-    moved = pixels[order[0]].flip(2) + pixels[order[1]].roll((20, -18), (2, 3)) + pixels[order[2]].flip(2).roll(24, 3)
+    moved = (
+        pixels[order[0]].flip(2)
+        + pixels[order[1]].roll((20, -18), (2, 3))
+        + pixels[order[2]].flip(2).roll(24, 3)
+    )
     return (pixels + moved) / 4
 
 
@@ -244,12 +281,14 @@ def clouds(rng: np.random.Generator, n: int, size: int = 64) -> Tensor:
     """Noise of a random grain, from single pixels to smooth blobs."""
     grain = int(rng.choice((2, 4, 8, 16, 32, size)))
     noise = torch.from_numpy(rng.standard_normal((n, 3, grain, grain), dtype=np.float32))
-    smooth = F.interpolate(noise, (size, size), mode="bicubic", align_corners=False)
+    smooth = nn.functional.interpolate(noise, (size, size), mode="bicubic", align_corners=False)
     return (_random_colours(rng, n) + smooth * _uniform(rng, n, 0.05, 0.5)).clamp(0, 1)
 
 
 def no_faces(rng: np.random.Generator, faces: Tensor, drawn: Tensor) -> Tensor:
-    """One picture without a face for each of `faces`: made from them, from `drawn` (see `draw_others`) or from nothing."""
+    """One picture without a face for each of `faces`: made from them, from `drawn` (see `draw_others`) or
+    from nothing.
+    """
     n = len(faces)
     kinds = [
         drawn,
@@ -288,7 +327,9 @@ def _pictures(recipe: Recipe) -> _Pictures:
     return _Pictures(drawn.pixels, torch.from_numpy(drawn.identity - people.start), others)
 
 
-def batch_loss(trainee: Trainee, data: _Pictures, rng: np.random.Generator, margin: float) -> tuple[Tensor, dict[str, float]]:
+def batch_loss(
+    trainee: Trainee, data: _Pictures, rng: np.random.Generator, margin: float
+) -> tuple[Tensor, dict[str, float]]:
     """The loss on one random batch of imperfect faces and pictures without a face."""
     recipe = trainee.recipe
     rows = rng.integers(len(data.pixels), size=recipe.faces)
@@ -328,7 +369,7 @@ def train(which: str) -> None:
 def embed_all(encoder: FaceEncoder, pixels: NDArray[np.uint8], batch: int = 250) -> tuple[Tensor, Tensor]:
     """Unit embeddings [n, d] and detection logits [n] of pictures uint8 [n, 3, 64, 64]."""
     parts = [encoder(_unit(pixels[i : i + batch])) for i in range(0, len(pixels), batch)]
-    return F.normalize(torch.cat([p[0] for p in parts]), dim=1), torch.cat([p[1] for p in parts])
+    return nn.functional.normalize(torch.cat([p[0] for p in parts]), dim=1), torch.cat([p[1] for p in parts])
 
 
 def pair_cosines(embeddings: Tensor, identity: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -400,7 +441,9 @@ def measure(folder: Path, n: int = 4000) -> dict[str, float]:
         "false_match_rate": float((different >= config.similarity_threshold).float().mean()),
         "detected": float((logits >= config.detection_threshold).float().mean()),
         "falsely_detected": float((no_face_logits >= config.detection_threshold).float().mean()),
-        "detected_imperfect": float((encoder(imperfect(rng, faces))[1] >= config.detection_threshold).float().mean()),
+        "detected_imperfect": float(
+            (encoder(imperfect(rng, faces))[1] >= config.detection_threshold).float().mean()
+        ),
     }
 
 
