@@ -131,7 +131,7 @@ def spread(value: float, drawn: Sequence[float]) -> tuple[float | None, float | 
         return None, None
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(finite, [tail, 1 - tail]) - finite.mean() + value
-    return float(low), float(high)
+    return min(float(low), value), max(float(high), value)
 
 
 def _weights(sets: Sets, rng: np.random.Generator) -> tuple[Array, Array]:

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 
 from bench.data.image_folder import ImageFolder
-from bench.data.micro_portraits import MicroPortraits
+from bench.data.micro_portraits import MicroPortraits, averaged
 from bench.data.micro_subjects import MicroSubjects
 from bench.data.photo_folder import PhotoFolder
 from bench.errors import BenchError
-from bench.micro.world import SPLITS, identity
+from bench.micro.world import SPLITS
 
 
 def save(file: Path, width: int = 20, height: int = 20, seed: int = 0) -> None:
@@ -55,12 +55,26 @@ def test_training_and_scoring_portraits_show_different_people_of_the_right_split
     assert data.images().pixels.shape == (6, 3, 16, 16) and len(data.reference()) == 5
     both = torch.cat([data.images().pixels, data.reference().pixels])
     assert len(torch.unique(both, dim=0)) == 11
-    first, middle = SPLITS["fid_reference"][0], SPLITS["fid_reference"][len(SPLITS["fid_reference"]) // 2]
-    from bench.data.portraits import portrait
+    people = SPLITS["fid_reference"]
+    assert data.reference().names == tuple(f"p{person}" for person in people[:5])
+    assert len(set(data.images().names)) == 6 and not set(data.images().names) & set(data.reference().names)
+    assert {int(name[1:]) for name in data.images().names} <= set(people)
 
-    assert np.array_equal(portrait(middle, (0,), 16)[0].transpose(2, 0, 1), data.images().pixels[0].numpy())
-    assert np.array_equal(portrait(first, (0,), 16)[0].transpose(2, 0, 1), data.reference().pixels[0].numpy())
-    assert identity(first) != identity(middle)
+
+def test_portraits_are_averaged_down_with_rounding() -> None:
+    quad = np.array([[[[0, 1], [1, 1]], [[10, 10], [10, 12]], [[255, 255], [255, 255]]]], np.uint8)
+    assert averaged(quad, 2).reshape(-1).tolist() == [1, 11, 255]
+    assert averaged(quad, 1).tolist() == quad.tolist()
+
+
+def test_more_portraits_than_people_are_refused() -> None:
+    with pytest.raises(BenchError, match="the split has 4000"):
+        MicroPortraits(train=3600).digest()
+
+
+def test_portraits_of_an_odd_size_are_refused() -> None:
+    with pytest.raises(BenchError, match="size=48"):
+        MicroPortraits(size=48).digest()
 
 
 def test_digests_of_drawn_sets_follow_their_options_and_draw_nothing() -> None:
