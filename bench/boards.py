@@ -1,0 +1,413 @@
+"""Boards as data: who is ahead of whom under one protocol, with intervals, controls and what is missing.
+
+A board compares defenses under one track, model, data, attack, purifier and protocol. Everything on it is computed
+again from the per-sample rows; no torch, no weights, no images are needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench.identity import digest
+from bench.results import (
+    MeasurementRecord,
+    Result,
+    SampleRow,
+    data_identity,
+    read_result,
+    rows_of,
+)
+from bench.stats import (
+    Difference,
+    Estimate,
+    Point,
+    holm,
+    mean_interval,
+    paired_difference,
+    share_of_wins,
+)
+
+DEFENSE_STAGES = ("protect", "repair")
+"""Stages whose cost is the defense's."""
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Column:
+    """One measurement under one protocol."""
+
+    name: str
+    unit: str
+    higher_is_better: bool | None
+    protocol_hash: str
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A paired difference to a control. ``mark``: ``*`` if its interval excludes 0, ``**`` if the sign-flip test,
+    after Holm's correction over all such comparisons of defenses in the column, says so too."""
+
+    control: str
+    difference: Difference
+    mark: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One defense on one board. ``rank`` is None where it is listed but not ranked, and then ``reason`` says why;
+    ``tied``: its rank is shared. ``best``: share of resamplings in which it comes first. ``seconds``: of its own
+    stage, mean over cells. ``scores`` and ``deltas`` by column name."""
+
+    label: str
+    name: str
+    status: str
+    control: bool
+    knows: tuple[str, ...]
+    eps: float | None
+    seeds: tuple[int, ...]
+    scores: Mapping[str, Estimate]
+    deltas: Mapping[str, tuple[Delta, ...]]
+    seconds: float | None
+    rank: int | None = None
+    tied: bool = False
+    best: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """One board. The first column is the one that ranks."""
+
+    id: str
+    track: str
+    model: str
+    data: str
+    attack: str
+    purifier: str
+    protocol: Mapping[str, object]
+    columns: tuple[Column, ...]
+    controls: tuple[str, ...]
+    lines: tuple[Line, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Boards:
+    """All boards of a suite. ``stamps``: what the results say they are not."""
+
+    suite: str
+    stamps: tuple[str, ...]
+    counts: Mapping[str, int]
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class Entry:
+    """All cells of one defense on one board, one per seed."""
+
+    label: str
+    cells: list[Run] = field(default_factory=list)
+    points: dict[str, list[Point]] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> list[Run]:
+        return [run for run in self.cells if run.result.status == "ok"]
+
+    @property
+    def control(self) -> bool:
+        return bool(self.cells[0].result.cell.defense.facts.get("control"))
+
+    @property
+    def eps(self) -> float | None:
+        value = self.cells[0].result.cell.defense.parameters.get("eps")
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A result with its rows by measurement."""
+
+    result: Result
+    rows: Mapping[str, Sequence[SampleRow]]
+
+    def measured(self, column: Column) -> MeasurementRecord | None:
+        found = self.result.measurement(column.name.partition("~")[0])
+        return found if found and found.protocol_hash == column.protocol_hash else None
+
+
+def read_run(folder: Path) -> Run:
+    result = read_result(folder)
+    rows: dict[str, list[SampleRow]] = {}
+    for row in rows_of(result, folder):
+        rows.setdefault(row.metric, []).append(row)
+    return Run(result, rows)
+
+
+def make_boards(suite: str, runs: Sequence[Run], notes: Iterable[str] = ()) -> Boards:
+    """Group cells by what a comparison must share, and make a board of each group."""
+    ordered = sorted(runs, key=lambda run: run.result.cell.id)
+    groups: dict[str, list[Run]] = {}
+    for run in ordered:
+        groups.setdefault(group_key(run.result), []).append(run)
+    tables = [table for group in groups.values() for table in group_tables(group)]
+    tables.sort(key=lambda t: (t.track, t.attack, t.model, t.data, t.purifier, t.id))
+    stamps = tuple(sorted({run.result.stamp for run in ordered if run.result.stamp}))
+    counts = Counter(run.result.status for run in ordered)
+    return Boards(suite, stamps, {status: counts[status] for status in sorted(counts)}, tuple(tables), tuple(notes))
+
+
+def group_key(result: Result) -> str:
+    """The same for all cells that differ in defense and seed alone."""
+    cell = result.cell
+    purifier = cell.purifier.identity() if cell.purifier else None
+    return digest([cell.track, cell.model.digest or cell.model.name, data_identity(cell), cell.attack.identity(),
+                   purifier, cell.protocol])
+
+
+def group_tables(group: Sequence[Run]) -> list[Table]:
+    """A board per protocol of the measurement that ranks; cells without a number stand on each of them."""
+    name = primary(group)
+    hashes = {run.result.cell.id: found.protocol_hash for run in group
+              if name and (found := run.result.measurement(name))}
+    protocols = sorted(set(hashes.values())) or [""]
+    return [make_table([run for run in group if hashes.get(run.result.cell.id, protocol) == protocol], name, protocol)
+            for protocol in protocols]
+
+
+def primary(group: Sequence[Run]) -> str:
+    """The measurement that ranks: the one that most results name first, among those with a better direction."""
+    firsts = [next((m.name for m in run.result.measurements if m.higher_is_better is not None), "") for run in group]
+    counts = Counter(name for name in firsts if name)
+    return min(counts, key=lambda name: (-counts[name], name), default="")
+
+
+def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
+    cell = runs[0].result.cell
+    columns = find_columns(runs, name)
+    entries = find_entries(runs, columns)
+    controls = [entry for entry in entries if entry.control and entry.finished]
+    controls.sort(key=lambda e: (len(e.cells[0].result.cell.defense.parameters), e.label))
+    lines = [make_line(entry, columns, controls, expected(entries, columns)) for entry in entries]
+    lines = rank([corrected(line, marks(lines)) for line in lines], entries, columns)
+    names = tuple(dict.fromkeys(entry.cells[0].result.cell.defense.name for entry in controls))
+    return Table(
+        digest([group_key(runs[0].result), protocol]), cell.track, cell.model.name, cell.data.label,
+        cell.attack.label, cell.purifier.label if cell.purifier else "none", cell.protocol, tuple(columns), names,
+        tuple(lines), tuple(missing(lines, columns)),
+    )
+
+
+def find_columns(runs: Sequence[Run], name: str) -> list[Column]:
+    """The ranking measurement first, then the others in the order of the results; one that occurs under several
+    protocols gets a column for each, told apart by the start of its hash."""
+    found: dict[tuple[str, str], MeasurementRecord] = {}
+    for run in runs:
+        for measured in run.result.measurements:
+            found.setdefault((measured.name, measured.protocol_hash), measured)
+    times = Counter(measurement for measurement, _ in found)
+    columns = [Column(m.name if times[m.name] == 1 else f"{m.name}~{h[:4]}", m.unit, m.higher_is_better, h)
+               for (_, h), m in found.items()]
+    return sorted(columns, key=lambda column: column.name.partition("~")[0] != name)
+
+
+def find_entries(runs: Sequence[Run], columns: Sequence[Column]) -> list[Entry]:
+    """One per defense with its options; those that share a label get the options that tell them apart."""
+    grouped: dict[str, list[Run]] = {}
+    for run in runs:
+        grouped.setdefault(digest(run.result.cell.defense.identity()), []).append(run)
+    labels = unique_labels({key: cells[0].result for key, cells in grouped.items()})
+    entries = []
+    for key, cells in grouped.items():
+        entry = Entry(labels[key], sorted(cells, key=lambda run: run.result.cell.seed))
+        entry.points = {column.name: find_points(entry.finished, column) for column in columns}
+        entries.append(entry)
+    return sorted(entries, key=lambda entry: entry.label)
+
+
+def unique_labels(firsts: Mapping[str, Result]) -> dict[str, str]:
+    """Labels by defense key; equal ones are told apart by the options in which they differ, or by their version."""
+    defenses = {key: result.cell.defense for key, result in firsts.items()}
+    labels = {}
+    for key, defense in defenses.items():
+        twins = [other for other in defenses.values() if other.label == defense.label]
+        differing = sorted(name for name in defense.parameters
+                           if any(twin.parameters.get(name) != defense.parameters[name] for twin in twins))
+        options = [f"{name}={defense.parameters[name]}" for name in differing]
+        if len({twin.version for twin in twins}) > 1:
+            options.append(f"version {defense.version}")
+        labels[key] = " ".join([defense.label, *options])
+    return labels
+
+
+def find_points(runs: Sequence[Run], column: Column) -> list[Point]:
+    """Samples of one column over all seeds. Where a value is not the mean of its rows, or has none (FID), each
+    seed's value is one point."""
+    found = [(run, measured) for run in runs if (measured := run.measured(column)) and measured.value is not None]
+    if all(is_mean(measured, run.rows.get(measured.name, ())) for run, measured in found):
+        return [Point(unit_of(run.result, row), f"{run.result.cell.seed}/{row.sample}", row.value)
+                for run, measured in found for row in run.rows[measured.name] if row.value is not None]
+    return [Point(f"seed {run.result.cell.seed}", "", measured.value)
+            for run, measured in found if measured.value is not None]
+
+
+def is_mean(measured: MeasurementRecord, rows: Sequence[SampleRow]) -> bool:
+    values = [row.value for row in rows if row.value is not None]
+    if not values or measured.value is None:
+        return False
+    return math.isclose(math.fsum(values) / len(values), measured.value, rel_tol=1e-5, abs_tol=1e-6)
+
+
+def unit_of(result: Result, row: SampleRow) -> str:
+    """The unit of statistics: a subject stays one over all seeds, a backdoor is implanted anew with each."""
+    return f"{row.cluster}/s{result.cell.seed}" if result.cell.track == "backdoor" else row.cluster
+
+
+def expected(entries: Sequence[Entry], columns: Sequence[Column]) -> set[tuple[int, str]]:
+    """The (seed, unit) pairs that a ranked line must have: those of the controls, or of anyone if there are none."""
+    if not columns:
+        return set()
+    of_controls = [covered(entry, columns[0]) for entry in entries if entry.control]
+    return set().union(*of_controls) or set().union(*(covered(entry, columns[0]) for entry in entries))
+
+
+def covered(entry: Entry, column: Column) -> set[tuple[int, str]]:
+    """What there is of a column, by seed and unit."""
+    return {(run.result.cell.seed, point.unit) for run in entry.finished for point in find_points([run], column)}
+
+
+def make_line(entry: Entry, columns: Sequence[Column], controls: Sequence[Entry], wanted: set[tuple[int, str]],
+              ) -> Line:
+    defense = entry.cells[0].result.cell.defense
+    scores = {column.name: estimate(entry, column) for column in columns}
+    deltas = {column.name: tuple(differences(entry, column, controls)) for column in columns}
+    status, reason = standing(entry, columns, wanted)
+    knows = defense.facts.get("knows") or ()
+    return Line(entry.label, defense.name, status, entry.control, tuple(map(str, knows)), entry.eps,
+                tuple(run.result.cell.seed for run in entry.finished), scores, deltas, cost(entry), reason=reason)
+
+
+def estimate(entry: Entry, column: Column) -> Estimate:
+    """Pooled over seeds. A single value without rows keeps the interval that its metric gave."""
+    points = entry.points[column.name]
+    found = [m for run in entry.finished if (m := run.measured(column))]
+    if not points:
+        reasons = sorted({m.reason for m in found if m.reason})
+        return Estimate(None, None, None, 0, 0, "; ".join(reasons) or "not measured")
+    pooled = mean_interval(points)
+    if any(point.sample for point in points):
+        return pooled
+    samples, low, high = sum(m.n for m in found), pooled.low, pooled.high
+    if len(found) == 1:
+        low, high = found[0].low, found[0].high
+    value = max(p.value for p in points) if found[0].protocol.get("aggregate") == "max" else pooled.value
+    return Estimate(value, low, high, samples, pooled.units, "" if low is not None else pooled.reason)
+
+
+def differences(entry: Entry, column: Column, controls: Sequence[Entry]) -> list[Delta]:
+    """To each kind of control, but not to itself, nor to one at another budget."""
+    found = []
+    for name in dict.fromkeys(control.cells[0].result.cell.defense.name for control in controls):
+        same = [c for c in controls if c.cells[0].result.cell.defense.name == name]
+        fair = [c for c in same if None in (c.eps, entry.eps) or c.eps == entry.eps]
+        control = fair[0] if fair else None
+        if control is not None and control is not entry and entry not in same:
+            found.append(Delta(name, paired_difference(entry.points[column.name], control.points[column.name]), ""))
+    return found
+
+
+def marks(lines: Sequence[Line]) -> dict[tuple[str, str, str], str]:
+    """The mark of each difference, by column, line and control."""
+    found = {}
+    for name in lines[0].scores if lines else ():
+        deltas = {(name, line.label, d.control): d.difference for line in lines for d in line.deltas[name]}
+        defenses = {line.label for line in lines if not line.control}
+        tested = {key: d.p for key, d in deltas.items() if d.p is not None and key[1] in defenses}
+        adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
+        for key, difference in deltas.items():
+            sure = "**" if adjusted.get(key, 1.0) < ALPHA else "*"
+            found[key] = sure if difference.excludes_zero else ""
+    return found
+
+
+def corrected(line: Line, found: Mapping[tuple[str, str, str], str]) -> Line:
+    """The line with the marks on its differences."""
+    deltas = {name: tuple(Delta(d.control, d.difference, found[name, line.label, d.control]) for d in of)
+              for name, of in line.deltas.items()}
+    return Line(**{**vars(line), "deltas": deltas})
+
+
+def standing(entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str]]) -> tuple[str, str]:
+    """``ok``, ``incomplete``, ``n/a`` or ``failed``, and why."""
+    broken = [run.result for run in entry.cells if run.result.status == "failed"]
+    barred = sorted({run.result.reason for run in entry.cells if run.result.status == "n/a"})
+    said = [f"seed {r.cell.seed} failed: {r.error.type}: {first_line(r.error.message)}" for r in broken if r.error]
+    if not entry.finished:
+        return ("failed" if broken else "n/a"), "; ".join([*said, *barred])
+    lacking = [*said, *barred, *gaps(entry, columns, wanted)]
+    return ("incomplete", "; ".join(lacking)) if lacking else ("ok", "")
+
+
+def first_line(message: str) -> str:
+    return (message.strip().splitlines() or [""])[0][:200]
+
+
+def gaps(entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str]]) -> list[str]:
+    """What the ranking column of an entry lacks."""
+    if not columns:
+        return ["nothing was measured"]
+    have = covered(entry, columns[0])
+    rows = [row for run in entry.finished if (m := run.measured(columns[0])) for row in run.rows.get(m.name, ())]
+    empty = sum(row.value is None for row in rows)
+    seeds = sorted({seed for seed, _ in wanted} - {seed for seed, _ in have})
+    units = wanted - have - {pair for pair in wanted if pair[0] in seeds}
+    found = [f"seed {', '.join(map(str, seeds))} missing"] if seeds else []
+    found += [f"{len(units)} of {len(wanted)} units missing"] if units else []
+    return found + ([f"{empty} samples without a value"] if empty else [])
+
+
+def cost(entry: Entry) -> float | None:
+    """Mean seconds of the defense's own stage, as it took when it was built."""
+    spent = [sum(s.seconds for s in run.result.cost if s.stage in DEFENSE_STAGES) for run in entry.finished
+             if any(s.stage in DEFENSE_STAGES for s in run.result.cost)]
+    return math.fsum(spent) / len(spent) if spent else None
+
+
+def rank(lines: Sequence[Line], entries: Sequence[Entry], columns: Sequence[Column]) -> list[Line]:
+    """Complete lines best first, then the others. A line shares the rank of the one that leads its group when the
+    interval of their paired difference includes 0, or when there are too few units for an interval."""
+    if not columns or columns[0].higher_is_better is None:
+        return sorted(lines, key=lambda line: (line.status, line.label))
+    name, sign = columns[0].name, -1 if columns[0].higher_is_better else 1
+    points = {entry.label: entry.points[name] for entry in entries}
+
+    def score(line: Line) -> float:
+        return sign * (line.scores[name].value or 0.0)
+
+    complete = sorted((x for x in lines if x.status == "ok"), key=lambda x: (score(x), x.label))
+    places: list[int] = []
+    for i, line in enumerate(complete):
+        leader = complete[places[-1] - 1] if places else line
+        ahead = i and paired_difference(points[line.label], points[leader.label]).excludes_zero
+        places.append(i + 1 if ahead or not i else places[-1])
+    best = share_of_wins({x.label: points[x.label] for x in complete}, sign > 0) if len(complete) > 1 else {}
+    ranked = [Line(**{**vars(x), "rank": place, "tied": places.count(place) > 1, "best": best.get(x.label)})
+              for x, place in zip(complete, places, strict=True)]
+    return ranked + sorted((x for x in lines if x.status != "ok"), key=lambda x: (x.status != "incomplete", x.label))
+
+
+def missing(lines: Sequence[Line], columns: Sequence[Column]) -> list[str]:
+    """Why numbers are missing on lines that ran."""
+    ran = [line for line in lines if line.status in ("ok", "incomplete")]
+    why: dict[tuple[str, str], list[str]] = {}
+    for line in ran:
+        for column in columns:
+            score = line.scores[column.name]
+            if score.value is None:
+                why.setdefault((column.name, score.reason), []).append(line.label)
+    return [f"{name} of {', '.join(labels) if len(labels) < len(ran) else 'any line'}: {reason}"
+            for (name, reason), labels in why.items()]

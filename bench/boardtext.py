@@ -1,0 +1,355 @@
+"""Boards as text: for the terminal, as Markdown, comma-separated, and as JSON. Same input, same bytes."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from bench.boards import Boards, Column, Delta, Line, Table
+from bench.stats import Difference, Estimate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDEST = 120
+ACROSS = 5
+"""Measurements side by side on a terminal."""
+DASH = "–"
+LEGEND = (
+    "Arrows point to where the defender wants to be. Brackets: 95 % intervals, resampled over units (subjects, or "
+    "implanted models), not images; none is given below 3 units.",
+    "Δ: paired difference to a control at the same budget, on the same units, seeds and samples. * the interval "
+    "excludes 0, which on few units is weak; ** an exact sign-flip test with Holm's correction agrees (it needs 6 "
+    "units, and more where many defenses are compared).",
+    "#: defenses share a rank (=) where their paired difference includes 0. P(best): share of resamplings in which "
+    "the line comes first. cost: seconds of the defense's own stage, when it was built.",
+)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A cell of a printed table: what counts, and what stands below or behind it."""
+
+    main: str
+    detail: str = ""
+
+    def inline(self) -> str:
+        return f"{self.main} {self.detail}".strip()
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A printed table."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[Shown, ...], ...]
+
+
+# Numbers
+
+
+def places(values: Sequence[float | None]) -> int:
+    """Decimals that show three digits of the largest of ``values``."""
+    largest = max((abs(v) for v in values if v is not None), default=0.0)
+    return 3 if largest == 0 else min(7, max(0, 2 - math.floor(math.log10(largest))))
+
+
+def number(value: float, decimals: int, signed: bool = False) -> str:
+    text = f"{value:+,.{decimals}f}" if signed else f"{value:,.{decimals}f}"
+    return text if float(text.replace(",", "")) else text.lstrip("+-")
+
+
+def interval(low: float | None, high: float | None, decimals: int, signed: bool = False) -> str:
+    if low is None or high is None:
+        return ""
+    return f"[{number(low, decimals, signed)}, {number(high, decimals, signed)}]"
+
+
+def shown_score(score: Estimate, decimals: int) -> Shown:
+    if score.value is None:
+        return Shown(DASH)
+    return Shown(number(score.value, decimals), interval(score.low, score.high, decimals))
+
+
+def shown_delta(delta: Delta | None, decimals: int) -> Shown:
+    found = delta.difference if delta else Difference(None, None, None, 0, 0)
+    if delta is None or found.value is None:
+        return Shown(DASH)
+    main = f"{number(found.value, decimals, signed=True)} {delta.mark}".strip()
+    return Shown(main, interval(found.low, found.high, decimals, signed=True))
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return DASH
+    if value < 0.05:
+        return "< 0.1 s"
+    return f"{value:.1f} s" if value < 9.95 else f"{value:,.0f} s"
+
+
+# Sheets: what the terminal and Markdown both print
+
+
+def heading(column: Column) -> str:
+    arrow = {True: " ↑", False: " ↓", None: ""}[column.higher_is_better]
+    return f"{column.name}{arrow}" + (f" ({column.unit})" if column.unit else "")
+
+
+def about(line: Line) -> Shown:
+    """Label, and what a reader must know of the line."""
+    said = ["control"] if line.control else []
+    return Shown(line.label, "; ".join([*said, *([f"knows {', '.join(line.knows)}"] if line.knows else [])]))
+
+
+def place(line: Line) -> str:
+    return DASH if line.rank is None else f"{line.rank}{'=' if line.tied else ''}"
+
+
+def ran(table: Table) -> list[Line]:
+    return [line for line in table.lines if line.status in ("ok", "incomplete")]
+
+
+def sample_size(line: Line, column: Column) -> str:
+    score = line.scores[column.name]
+    units = f"{score.units} unit{'s' if score.units != 1 else ''}"
+    return f"{score.n} of {units}, seed{'s' if len(line.seeds) > 1 else ''} {', '.join(map(str, line.seeds))}"
+
+
+def common_size(table: Table) -> str:
+    """What all lines rest on, when it is the same."""
+    found = {sample_size(line, table.columns[0]) for line in ran(table)} if table.columns else set()
+    return found.pop() if len(found) == 1 else ""
+
+
+def ranking(table: Table) -> Sheet:
+    """The column that ranks, with its differences to the controls."""
+    column, lines = table.columns[0], ran(table)
+    decimals = places([line.scores[column.name].value for line in lines])
+    budgets, sizes = any(line.eps is not None for line in lines), not common_size(table)
+    certain = any(line.best is not None for line in lines)
+    head = ["#", "defense", *(["ε"] if budgets else []), heading(column), *(f"Δ {c}" for c in table.controls),
+            *(["P(best)"] if certain else []), *(["n"] if sizes else []), "cost"]
+    rows = []
+    for line in lines:
+        deltas = {d.control: d for d in line.deltas[column.name]}
+        budget = Shown(DASH if line.eps is None else f"{line.eps:g}")
+        best = Shown(DASH if line.best is None else f"{line.best:.0%}")
+        rows.append((
+            Shown(place(line)), about(line), *([budget] if budgets else []),
+            shown_score(line.scores[column.name], decimals),
+            *(shown_delta(deltas.get(control), decimals) for control in table.controls),
+            *([best] if certain else []), *([Shown(sample_size(line, column))] if sizes else []),
+            Shown(seconds(line.seconds)),
+        ))
+    return Sheet(f"Ranked by {column.name}", tuple(head), tuple(rows))
+
+
+def others(table: Table, across: int) -> Iterator[Sheet]:
+    """The other measurements, ``across`` to a sheet, in the order of the ranking."""
+    lines = ran(table)
+    rest = [c for c in table.columns[1:] if any(line.scores[c.name].value is not None for line in lines)]
+    for start in range(0, len(rest), across):
+        part = rest[start:start + across]
+        decimals = {c.name: places([line.scores[c.name].value for line in lines]) for c in part}
+        rows = tuple((about(line), *(shown_score(line.scores[c.name], decimals[c.name]) for c in part))
+                     for line in lines)
+        yield Sheet("Other measurements" + (" (continued)" if start else ""),
+                    ("defense", *map(heading, part)), rows)
+
+
+def unranked(table: Table) -> Sheet | None:
+    """Lines without a rank, and why."""
+    lines = [line for line in table.lines if line.status != "ok"]
+    if not lines:
+        return None
+    return Sheet("Not ranked", ("defense", "status", "reason"),
+                 tuple((about(line), Shown(line.status), Shown(line.reason)) for line in lines))
+
+
+def sheets(table: Table, across: int) -> list[Sheet]:
+    ranked = [ranking(table), *others(table, across)] if table.columns and ran(table) else []
+    rest = unranked(table)
+    return [*ranked, *([rest] if rest else [])]
+
+
+def title(table: Table) -> str:
+    return f"{table.track}: {table.attack} on {table.model}"
+
+
+def subtitle(table: Table) -> str:
+    protocol = ", ".join(f"{k} {_brief(v)}" for k, v in table.protocol.items())
+    size = common_size(table)
+    parts = [f"data {table.data}", f"purifier {table.purifier}", f"protocol {protocol}" if protocol else "",
+             f"n = {size}" if size else "", f"board {table.id[:8]}"]
+    return " · ".join(part for part in parts if part)
+
+
+def _brief(value: object) -> str:
+    return f"({len(value)})" if isinstance(value, (list, tuple)) else str(value)
+
+
+def overview(boards: Boards) -> str:
+    total = sum(boards.counts.values())
+    parts = [f"{boards.counts[status]} {status}" for status in ("ok", "n/a", "failed") if boards.counts.get(status)]
+    return f"{total} cell{'s' if total != 1 else ''}: {', '.join(parts)}"
+
+
+# Markdown
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown and HTML show as it is."""
+    line = " ".join(printable(text).split())
+    return re.sub(r"([\\`*_{}\[\]()#+!|~$@:])", r"\\\1", html.escape(line, quote=False))
+
+
+def printable(text: str) -> str:
+    """Without control characters, which could draw over the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+
+
+def cell_text(shown: Shown) -> str:
+    return escaped(shown.main) + (f" {escaped(shown.detail)}" if shown.detail else "")
+
+
+def markdown(boards: Boards) -> str:
+    """All boards as one Markdown page."""
+    lines = [f"# Leaderboard: {escaped(boards.suite)}", ""]
+    for stamp in boards.stamps:
+        lines += [f"**{escaped(stamp)}**", ""]
+    lines += [overview(boards), ""]
+    for table in boards.tables:
+        lines += [f"## {escaped(title(table))}", "", escaped(subtitle(table)), ""]
+        for sheet in sheets(table, across=len(table.columns)):
+            lines += [f"**{escaped(sheet.title)}**", "", *markdown_rows(sheet), ""]
+        lines += [f"- {escaped(note)}" for note in table.notes] + ([""] if table.notes else [])
+    if boards.notes:
+        lines += [*(f"- {escaped(note)}" for note in boards.notes), ""]
+    return "\n".join([*lines, "---", "", *(f"{escaped(text)}\n" for text in LEGEND)]).rstrip("\n") + "\n"
+
+
+def markdown_rows(sheet: Sheet) -> Iterator[str]:
+    yield "| " + " | ".join(map(escaped, sheet.head)) + " |"
+    yield "|" + "|".join(" --- " if _left(name) else " ---: " for name in sheet.head) + "|"
+    for row in sheet.rows:
+        yield "| " + " | ".join(map(cell_text, row)) + " |"
+
+
+def _left(name: str) -> bool:
+    return name in ("#", "defense", "status", "reason", "n")
+
+
+# Terminal
+
+
+def print_terminal(boards: Boards, width: int | None = None) -> None:
+    """Print all boards, at most 120 columns wide."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(width=min(width or Console().width, WIDEST), highlight=False)
+    console.print(Text(f"Leaderboard: {printable(boards.suite)}  ({overview(boards)})", style="bold"))
+    for stamp in boards.stamps:
+        console.print(Text(printable(stamp), style="bold yellow"))
+    for table in boards.tables:
+        print_table(table, console)
+    for text in [*boards.notes, "", *LEGEND]:
+        console.print(Text(printable(text), style="dim"))
+
+
+def print_table(table: Table, console: Console) -> None:
+    from rich.text import Text
+
+    console.print()
+    console.rule(Text(printable(title(table)), style="bold cyan"), align="left")
+    console.print(Text(printable(subtitle(table)), style="dim"))
+    for sheet in sheets(table, ACROSS if console.width >= 105 else 3):
+        console.print(drawn(sheet))
+    for note in table.notes:
+        console.print(Text(f"{DASH} {printable(note)}", style="dim"))
+
+
+def drawn(sheet: Sheet) -> Any:
+    """A sheet for rich; texts are taken literally, never as markup."""
+    from rich import box
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    grid = Grid(title=Text(printable(sheet.title), style="italic"), title_justify="left", box=box.SIMPLE_HEAD,
+                padding=(0, 1, 0, 0), show_edge=False)
+    for name in sheet.head:
+        grid.add_column(Text(printable(name)), justify="left" if _left(name) else "right", overflow="fold",
+                        max_width=28 if name == "defense" else None)
+    for row in sheet.rows:
+        grid.add_row(*(Text.assemble(printable(cell.main), *([("\n" + printable(cell.detail), "dim")]
+                                                              if cell.detail else [])) for cell in row))
+    return grid
+
+
+# Data
+
+
+HEAD = (
+    "board", "track", "model", "data", "attack", "purifier", "defense", "control", "knows", "eps", "status", "rank",
+    "tied", "reason", "seeds", "measurement", "unit", "better", "value", "low", "high", "n", "units",
+    "missing_because", "seconds", "protocol_hash",
+)
+DELTA_HEAD = ("control_name", "difference", "difference_low", "difference_high", "difference_units", "p", "mark")
+
+
+def comma_separated(boards: Boards) -> str:
+    """One row per board, defense, measurement and control; a row without control for lines that have none."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow([*HEAD, *DELTA_HEAD])
+    for table in boards.tables:
+        for line in table.lines:
+            for column in table.columns or (None,):
+                writer.writerows(csv_rows(table, line, column))
+    return out.getvalue()
+
+
+def csv_rows(table: Table, line: Line, column: Column | None) -> Iterator[list[object]]:
+    where = [table.id, table.track, table.model, table.data, table.attack, table.purifier, line.label,
+             int(line.control), " ".join(line.knows), line.eps, line.status, line.rank, int(line.tied), line.reason,
+             " ".join(map(str, line.seeds))]
+    if column is None:
+        yield [_data(v) for v in [*where, *[None] * (len(HEAD) - len(where) + len(DELTA_HEAD))]]
+        return
+    score = line.scores[column.name]
+    better = {True: "higher", False: "lower", None: ""}[column.higher_is_better]
+    what = [column.name, column.unit, better, score.value, score.low, score.high, score.n, score.units, score.reason,
+            line.seconds, column.protocol_hash]
+    for delta in line.deltas[column.name] or (None,):
+        d = delta.difference if delta else None
+        more = [delta.control, d.value, d.low, d.high, d.units, d.p, delta.mark] if delta and d else [None] * 7
+        yield [_data(v) for v in [*where, *what, *more]]
+
+
+def as_json(boards: Boards) -> str:
+    """Everything that the boards say."""
+    return json.dumps(_rounded(asdict(boards)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to 8 digits: the last bits of a resampled mean depend on the machine's linear algebra."""
+    if isinstance(value, float):
+        return float(f"{value:.8g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _data(value: object) -> object:
+    """A cell of the CSV; text that a spreadsheet would run as a formula is quoted."""
+    if isinstance(value, str):
+        return f"'{value}" if value[:1] in ("=", "+", "@", "\t", "\r") else value
+    return "" if value is None else _rounded(value)
