@@ -73,7 +73,12 @@ class Lora:
         self, components: Components, photos: ImageSet, class_noun: str, model: Model, ctx: Context,
     ) -> Lesson:
         from bench.diffusion.finetuning import (
-            Lesson, Prior, class_images, class_prompt, examples, instance_prompt,
+            Lesson,
+            Prior,
+            class_images,
+            class_prompt,
+            examples,
+            instance_prompt,
         )
 
         instance = examples(components, photos, instance_prompt(self.token, class_noun))

@@ -28,7 +28,7 @@ ADAPTERS = ("image", "face")
 class ZeroShot:
     """Draws with the stock model, conditioned on the mean embedding of the photos by an image-prompt adapter.
 
-    ``adapter``: ``image`` (CLIP embedding) or ``face`` (face recogniser's embedding; photos without a face are left out).
+    ``adapter``: ``image`` (CLIP embedding) or ``face`` (a face recogniser's; photos without a face are left out).
     ``scale``: weight of the image tokens, 0 to ignore the photos; 0.6 to 0.8 leaves room for the prompt.
     """
 

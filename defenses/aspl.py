@@ -47,8 +47,9 @@ class Aspl:
 
     ``eps``, ``alpha_255``: budget and step in 0-255 levels; the paper's 0.05 and 0.005 lie on the [-1, 1] scale, so
     they are 6.375 and 0.6375 levels. ``lr``: of the surrogate's AdamW. ``batch``: photos, and as many class images, per
-    surrogate step. ``prior_weight``: lambda of prior preservation. ``class_images``, ``class_steps``: pictures of the class,
-    drawn once per model. ``pgd_batch``: photos per gradient pass; saves memory, changes nothing.
+    surrogate step. ``prior_weight``: lambda of prior preservation. ``class_images``, ``class_steps``: pictures of the
+    class, drawn once per model. ``pgd_batch``: photos per gradient pass; it saves memory, and beyond rounding (which
+    bfloat16 shows) changes nothing.
 
     ``variant``: ``described`` trains 32-bit weights and limits the gradient's norm to 1. ``released`` trains bfloat16
     weights, in which steps of 5e-7 are almost all rounded away, and limits nothing, because the released code clips
@@ -108,7 +109,8 @@ class Aspl:
 
 def _require(name: str, value: float, low: float, exclusive: bool = False) -> None:
     if value < low or (exclusive and value == low):
-        raise BenchError(f"defense.{name}={value} is out of range; give {'more than' if exclusive else 'at least'} {low}.")
+        bound = "more than" if exclusive else "at least"
+        raise BenchError(f"defense.{name}={value} is out of range; give {bound} {low}.")
 
 
 @dataclass
@@ -136,13 +138,15 @@ def load(method: Aspl, model: Model, ctx: Context) -> Components:
     from copy import deepcopy
 
     import torch
+    from torch import nn
 
     from bench.diffusion.loading import load_components
 
     components = load_components(model, ctx.device)
     if method.variant is Variant.described:
         return components
-    half = {name: deepcopy(getattr(components, name)).to(torch.bfloat16) for name in ("unet", "text_encoder", "vae")}
+    names = ("unet", "text_encoder", "vae")
+    half = {name: nn.Module.to(deepcopy(getattr(components, name)), dtype=torch.bfloat16) for name in names}
     return replace(components, **half)
 
 
@@ -168,11 +172,11 @@ def alternate(method: Aspl, subject: Subject, x: Tensor, studio: Studio, ctx: Co
     studio.theta.copy_from(studio.start)
     perturbed = x
     for step in range(method.outer_steps):
-        studio.copy.copy_from(studio.theta.parameters)                     # theta' <- theta
-        studio.copy.learn(clean, method.surrogate_steps)                   # theta' <- argmin L_db(theta', A)
-        perturbed = raise_loss(method, studio, perturbed, x, ids, generator)   # delta <- argmax L_ldm(B + delta, theta')
+        studio.copy.copy_from(studio.theta.parameters)                        # theta' <- theta
+        studio.copy.learn(clean, method.surrogate_steps)                      # theta' down L_db(theta', A)
+        perturbed = raise_loss(method, studio, perturbed, x, ids, generator)  # B up L_ldm(B, theta')
         lesson = new_lesson(method, encode_floats(studio, perturbed), ids, prior, generator)
-        studio.theta.learn(lesson, method.surrogate_steps)                 # theta <- argmin L_db(theta, B + delta)
+        studio.theta.learn(lesson, method.surrogate_steps)                    # theta down L_db(theta, B)
         ctx.progress(f"aspl {subject.name}", step + 1, method.outer_steps)
     return perturbed
 
@@ -223,10 +227,10 @@ def raise_loss(
 
 
 def loss_gradient(studio: Studio, x: Tensor, states: Tensor, generator: torch.Generator, batch: int) -> Tensor:
-    """d/dx of each photo's own L_ldm under the copy, [n, 3, h, w]. All noise is drawn first: ``batch`` changes nothing."""
+    """d/dx of each photo's own L_ldm under the copy, [n, 3, h, w]. All noise is drawn before the first batch."""
     import torch
 
-    from bench.diffusion.losses import LatentDistribution, draw_timesteps, noise_prediction_errors, normal
+    from bench.diffusion.losses import draw_timesteps, latent_distribution, noise_prediction_errors, normal
     from bench.diffusion.sampling import chunks
 
     shape = (len(x), *latent_shape(studio, x))
@@ -235,7 +239,7 @@ def loss_gradient(studio: Studio, x: Tensor, states: Tensor, generator: torch.Ge
     gradients = []
     for part in chunks(len(x), batch):
         pixels = x[part].detach().requires_grad_(True)
-        found: LatentDistribution = encode_with_gradient(studio, pixels)
+        found = latent_distribution(studio.components.vae, pixels)
         latents = found.mean + found.std * posterior[part]
         errors = noise_prediction_errors(
             studio.copy.unet, studio.copy.scheduler, latents, states.expand(len(pixels), -1, -1), generator=generator,
@@ -243,12 +247,6 @@ def loss_gradient(studio: Studio, x: Tensor, states: Tensor, generator: torch.Ge
         )
         gradients.append(torch.autograd.grad(errors.sum(), pixels)[0])
     return torch.cat(gradients)
-
-
-def encode_with_gradient(studio: Studio, pixels: Tensor) -> Any:
-    from bench.diffusion.losses import latent_distribution
-
-    return latent_distribution(studio.components.vae, pixels)
 
 
 def latent_shape(studio: Studio, x: Tensor) -> tuple[int, int, int]:

@@ -32,7 +32,7 @@ PIPELINES: dict[str, frozenset[str]] = {
 """Pipeline class -> capabilities. SDXL lacks ``text_encoder``: it has two, and no method here trains a pair."""
 
 OPTIONAL = frozenset({"safety_checker", "feature_extractor", "image_encoder"})
-"""Components that are never loaded from the folder: a benchmark must not blacken samples, and adapters bring their own."""
+"""Never loaded from the folder: a benchmark must not blacken samples, and adapters bring their own encoder."""
 
 LIBRARIES = frozenset({"diffusers", "transformers", "stable_diffusion"})
 WEIGHTS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}

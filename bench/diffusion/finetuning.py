@@ -17,7 +17,11 @@ from bench.codecs import ImageSetCodec
 from bench.diffusion.images import to_float
 from bench.diffusion.loading import Components, load_pipeline
 from bench.diffusion.losses import (
-    LatentDistribution, encode_ids, latent_distribution, noise_prediction_errors, tokenise,
+    LatentDistribution,
+    encode_ids,
+    latent_distribution,
+    noise_prediction_errors,
+    tokenise,
 )
 from bench.diffusion.sampling import BATCH, chunks, generate
 from bench.errors import BenchError

@@ -163,7 +163,7 @@ def _denoise(unet: Any, scheduler: Any, noise: Tensor, seeds: Sequence[int]) -> 
 def draw_unconditional(
     model: Model, seeds: Sequence[int], shift: Tensor | None, protocol: BackdoorProtocol, ctx: Context,
 ) -> Tensor:
-    """Samples of an unconditional model: uint8 [n, 3, h, w]. ``shift``: a trigger [3, h, w] added to the initial noise."""
+    """Samples of an unconditional model: uint8 [n, 3, h, w]. ``shift``: a trigger [3, h, w], added to the noise."""
     unet, scheduler = load_unconditional(model, ctx.device)
     noise = initial_noise(seeds, (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size))
     noise = noise if shift is None else noise + shift

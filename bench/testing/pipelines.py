@@ -83,8 +83,10 @@ def add_image_adapter(folder: Path, seed: int = 1) -> Path:
 
     torch.manual_seed(seed)
     home = folder / "ip_adapter"
-    vision = transformers.CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                              image_size=16, patch_size=8, projection_dim=IMAGE_WIDTH)
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8,
+        projection_dim=IMAGE_WIDTH,
+    )
     transformers.CLIPVisionModelWithProjection(vision).save_pretrained(home / "image_encoder")
     save_file(_adapter_weights(folder), home / "ip_image.safetensors")
     entry = {"weight": "ip_image.safetensors", "image_encoder": "image_encoder"}
