@@ -46,7 +46,7 @@ def run_cell(cell: Cell, settings: Settings) -> Result:
     with shown(cell.title()) as progress:
         bench = Workbench(Store(settings.store), settings.device, progress)
         try:
-            fix_numerics(settings)
+            prepare(settings)
             return finish(cell, settings, bench, *measured(cell, bench), started)
         except Incompatible as reason:
             result = not_applicable(cell, str(reason))
@@ -58,10 +58,16 @@ def run_cell(cell: Cell, settings: Settings) -> Result:
     return write_result(result.model_copy(update=update), [], {}, cell.folder(settings.results))
 
 
-def fix_numerics(settings: Settings) -> None:
-    """The same bits for the same seed: a fixed thread count, deterministic kernels where there are any."""
+def prepare(settings: Settings) -> None:
+    """The same bits for the same seed: a fixed thread count, deterministic kernels where there are any. And no bars
+    of other libraries between ours."""
+    import diffusers
     import torch
+    import transformers
 
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False

@@ -138,5 +138,16 @@ def strip(subject: Subject, evidence: CustomizationEvidence) -> Tensor:
 
     original, protected = subject.published.pixels[:4], evidence.protected[subject.name].pixels[:4]
     change = ((protected.int() - original.int()) * 10 + 128).clamp(0, 255).to(torch.uint8)
-    rows = [original, protected, change, evidence.generated[subject.name].images.pixels[:4]]
-    return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
+    drawn = fitted(evidence.generated[subject.name].images.pixels[: len(original)], original.shape[-1])
+    rows = [original, protected, change, drawn]
+    width = min(len(row) for row in rows)
+    return torch.cat([torch.cat(list(row[:width]), dim=2) for row in rows], dim=1)
+
+
+def fitted(pixels: Tensor, side: int) -> Tensor:
+    """Pictures at the photos' size: a model may draw at another than it was given."""
+    from torch.nn.functional import interpolate
+
+    if pixels.shape[-1] == side:
+        return pixels
+    return interpolate(pixels.float(), (side, side), mode="bilinear", antialias=True).round().byte()
