@@ -23,10 +23,10 @@ MOVED = ("defense.", "attack.", "purifier.", "data.", "metrics.")
 HELP = """\
 bench - compose defense x attack x metric grids on diffusion models, run them, rank them
 
-One cell      bench defense=noise attack=zero_shot
-              bench defense=noise defense.eps=8 attack=zero_shot seed=1
-A grid        bench -m defense=none,noise attack=zero_shot seed=0,1,2
-A suite       bench -m experiment=quickstart
+One cell      bench defense={defense} attack={attack}
+              bench defense={defense} attack={attack} model=micro-sd-b seed=1
+A grid        bench -m defense=none,{defense} attack={attack} seed=0,1,2
+A suite       bench -m experiment={suite}
               the same command again runs only what is missing
 
 Verbs         bench list [kind]           plugins, with what they need and are told
@@ -82,8 +82,17 @@ def _dispatch(words: list[str]) -> int:
 
 def help_text() -> str:
     """What ``bench --help`` prints."""
-    return HELP.format(groups="".join(_group_line(group, names) for group, names in groups().items()),
-                       options=_options())
+    found = groups()
+    defense, attack = _example()
+    return HELP.format(groups="".join(_group_line(group, names) for group, names in found.items()),
+                       options=_options(), defense=defense, attack=attack, suite=(found["experiment"] or ["<suite>"])[0])
+
+
+def _example() -> tuple[str, str]:
+    """A defense that protects photos and an attack that meets it, for examples that work as they stand."""
+    attacks = [n for n in REGISTRY.names("attack") if "customization" in REGISTRY.facts["attack", n].track]
+    defenses = [n for n in REGISTRY.names("defense") if REGISTRY.facts["defense", n].acts_on == "images"]
+    return (defenses or ["<name>"])[0], (attacks or ["<name>"])[0]
 
 
 def groups() -> dict[str, list[str]]:
@@ -176,9 +185,9 @@ def _status(words: list[str]) -> int:
 
 
 def _leaderboard(words: list[str]) -> int:
-    from bench.leaderboard import write_boards
+    from bench.leaderboard import print_boards, write_boards
 
-    write_boards(_suite_folder(words, "leaderboard"))
+    print_boards(write_boards(_suite_folder(words, "leaderboard")))
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -132,6 +133,7 @@ class Cell:
     def shown(self, kind: str) -> str:
         """A choice's label with its variant."""
         variant = getattr(getattr(self, kind), "variant", "")
+        variant = variant.value if isinstance(variant, Enum) else variant
         label = self.labels.get(kind) or facts_of(getattr(self, kind)).name
         return f"{label} ({variant})" if variant else label
 

@@ -191,12 +191,11 @@ def judge(cell: Cell, before: tuple[int, int] | None, back: JobReturn, seconds: 
 
 def finish(planned: Sequence[Planned], ended: Sequence[Ended], how: Settings) -> list[Ended]:
     """Write and show the boards, then say what failed."""
-    from bench.leaderboard import show_board, write_boards
+    from bench.leaderboard import print_boards, write_boards
 
     suites = dict.fromkeys(p.cell.suite for p in planned)
     for suite in suites:
-        write_boards(how.results / suite)
-        show_board(how.results / suite)
+        print_boards(write_boards(how.results / suite))
     wrong = [one for one in ended if one.status == "failed"]
     unrun = len([p for p in planned if p.todo == "run"]) - len(ended)
     if wrong or unrun:

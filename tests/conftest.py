@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+Compose = Callable[[Sequence[str]], "DictConfig"]
+BASE = ("model=text", "data=fake_people", "attack=fake_attack", "metrics=[fake_score]")
+"""A cell of fakes that runs; overrides come after it."""
 
 
 @pytest.fixture(autouse=True)
@@ -27,3 +37,37 @@ def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from bench.testing.pipelines import save_ddpm
 
     return save_ddpm(tmp_path_factory.mktemp("tiny") / "ddpm")
+
+
+@pytest.fixture
+def fakes(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """Plugins, a model registry and a runner that cost nothing."""
+    from bench import config, discovery
+    from bench.plugin import REGISTRY
+
+    discovery.load()  # before the registry is copied: it loads once per process
+    monkeypatch.setattr(REGISTRY, "facts", dict(REGISTRY.facts))
+    monkeypatch.setattr(REGISTRY, "classes", dict(REGISTRY.classes))
+    from tests import fakes
+
+    for cls in (v for v in vars(fakes).values() if hasattr(v, "__plugin__")):
+        REGISTRY.add(cls.__plugin__, cls)
+    monkeypatch.setattr(config, "_resolve", fakes.resolve)
+    return fakes
+
+
+@pytest.fixture
+def compose(fakes: ModuleType) -> Iterator[Compose]:
+    """Composes the real primary config with overrides, as the sweeper does."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    from bench import sweeper
+    from bench.config import config_folder, store_schema
+
+    store_schema()
+    sweeper.register()
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(config_folder()), version_base="1.3"):
+        yield lambda words: hydra_compose("config", overrides=[*BASE, *words], return_hydra_config=True)

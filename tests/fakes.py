@@ -1,0 +1,150 @@
+"""Plugins and runners that cost nothing, for tests of planning and launching. Not collected by pytest."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import field
+from enum import Enum
+from pathlib import Path
+
+from bench.config import Cell, Settings
+from bench.errors import BenchError, Incompatible
+from bench.outcomes import cell_record, failed, not_applicable
+from bench.plugin import plugin
+from bench.records import Model
+from bench.results import MeasurementRecord, Result, write_result
+
+
+class Variant(Enum):
+    described = "described"
+    released = "released"
+
+
+@plugin("defense", "fake_shield", track=("customization",), acts_on="images", paper="Fake et al. 2026")
+class FakeShield:
+    """Protects nothing, quickly.
+
+    ``eps``: levels.
+    """
+
+    eps: float = 4.0
+    steps: int | None = None
+    variant: Variant = Variant.described
+    layers: list[str] = field(default_factory=lambda: ["a", "b"])
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps <= 255:
+            raise BenchError(f"defense.eps={self.eps} is out of range; give 0 to 255.")
+
+    def protect(self, subjects, model, ctx):
+        return [subject.published for subject in subjects]
+
+
+@plugin("defense", "fake_cleaner", track=("backdoor",), acts_on="model", needs=("clean_data",))
+class FakeCleaner:
+    """Repairs nothing."""
+
+    def repair(self, suspicious, data, secret, ctx):
+        return suspicious
+
+
+@plugin("attack", "fake_attack", track=("customization",), needs=("text_encoder",))
+class FakeAttack:
+    """Learns nothing. ``behave``: what its cell does when it runs."""
+
+    steps: int = 10
+    behave: str = "ok"
+
+    def customise(self, photos, class_noun, model, ctx):
+        raise NotImplementedError
+
+
+@plugin("attack", "fake_implant", track=("backdoor",), needs=("unconditional",))
+class FakeImplant:
+    """Plants nothing."""
+
+    rate: float = 0.1
+
+    def implant(self, clean, data, ctx):
+        raise NotImplementedError
+
+
+@plugin("data", "fake_people")
+class FakePeople:
+    """Nobody."""
+
+    count: int = 2
+
+    def subjects(self):
+        return []
+
+    def digest(self) -> str:
+        return f"people-{self.count}"
+
+
+@plugin("data", "fake_pictures")
+class FakePictures:
+    """Nothing to see."""
+
+    def images(self):
+        return None
+
+    def digest(self) -> str:
+        return "pictures"
+
+
+@plugin("purifier", "fake_wash", track=("customization",))
+class FakeWash:
+    """Washes nothing."""
+
+    quality: int = 75
+
+    def purify(self, photos, model, ctx):
+        return photos
+
+
+@plugin("metric", "fake_score", track=("customization",))
+class FakeScore:
+    """Measures nothing."""
+
+    n: int = 3
+
+    def measure(self, evidence, ctx):
+        return []
+
+
+def resolve(name: str, allow_pickle: bool = False) -> Model:
+    """A model by name: ``text`` or ``plain``."""
+    capabilities = {"text": {"text_to_image", "text_encoder"}, "plain": {"unconditional"}}
+    if name not in capabilities:
+        raise BenchError(f"model: unknown checkpoint '{name}'.")
+    return Model(Path(name), f"digest-of-{name}", frozenset(capabilities[name]))
+
+
+def run_cell(cell: Cell, settings: Settings) -> Result:
+    """What ``bench.runner.run_cell`` promises, with every way to end that ``attack.behave`` asks for."""
+    how = getattr(cell.attack, "behave", "ok")
+    with (settings.results / "ran.txt").open("a") as file:
+        file.write(f"{cell.id} {how} {os.getpid()}\n")
+    if how == "exit":
+        sys.exit(3)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raise":
+        raise RuntimeError("the runner itself broke")
+    if how == "hang":
+        time.sleep(60)
+    return write_result(_result(cell, how), [], {}, cell.folder(settings.results))
+
+
+def _result(cell: Cell, how: str) -> Result:
+    if how == "fail":
+        return failed(cell, "BenchError", "the attack found no face")
+    if how == "n/a":
+        return not_applicable(cell, str(Incompatible("no face to attack")))
+    one = MeasurementRecord(name="score", metric="fake_score", version=1, parameters={"n": 3}, value=0.5, low=0.4,
+                            high=0.6, n=3, unit="share", higher_is_better=True, protocol_hash="p")
+    return Result(suite=cell.suite, cell=cell_record(cell), status="ok", measurements=[one])

@@ -1,0 +1,33 @@
+"""Why a cell cannot run, in words."""
+
+from __future__ import annotations
+
+import pytest
+
+from bench.compat import check
+from tests.conftest import Compose
+from tests.test_config import cell_of
+
+BACKDOOR = ("attack=fake_implant", "model=plain", "data=fake_pictures")
+
+
+@pytest.mark.parametrize("words", [
+    (), ("defense=fake_shield",), ("purifier=fake_wash",), BACKDOOR, (*BACKDOOR, "defense=fake_cleaner"),
+])
+def test_pairs_that_can_run(compose: Compose, words: tuple[str, ...]) -> None:
+    assert check(cell_of(compose, *words)) is None
+
+
+@pytest.mark.parametrize(("words", "reason"), [
+    (("defense=fake_cleaner",), "fake_cleaner repairs models; the customization track defends images"),
+    ((*BACKDOOR, "defense=fake_shield"), "fake_shield protects images; the backdoor track defends models"),
+    ((*BACKDOOR, "purifier=fake_wash"), "fake_wash works on the customization track, not on backdoor"),
+    (("model=plain",), "the customization track needs a text-to-image model (text_to_image); "
+                       "plain offers unconditional"),
+    ((*BACKDOOR, "model=text"), "fake_implant needs an unconditional model (unconditional); "
+                                "text offers text_encoder, text_to_image"),
+    (("data=fake_pictures",), "the customization track needs data with photos of subjects; fake_pictures has none"),
+    ((*BACKDOOR, "data=fake_people"), "the backdoor track needs data with plain images; fake_people has none"),
+])
+def test_pairs_that_cannot_run_say_why(compose: Compose, words: tuple[str, ...], reason: str) -> None:
+    assert check(cell_of(compose, *words)) == reason

@@ -1,0 +1,85 @@
+"""Cells in processes of their own: whatever one does, the others finish and its end is on record."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench.config import Cell, Settings
+from bench.launcher import Ended, Pool, how, workers
+from bench.protocols import CustomizationProtocol
+from bench.results import read_result
+from tests import fakes
+
+RUNNER = "tests.fakes:run_cell"
+
+
+def cell(name: str, behave: str = "ok") -> Cell:
+    return Cell(name, "s", "customization", "text", "d", frozenset(), False, 0, fakes.FakePeople(), fakes.FakeShield(),
+                fakes.FakeWash(), fakes.FakeAttack(behave=behave), CustomizationProtocol(), {})
+
+
+def pool(folder: Path, **options: object) -> Pool:
+    return replace(Pool(Settings(folder, folder / "store"), 2, runner=RUNNER, preload=("tests.fakes",)), **options)
+
+
+def test_every_way_to_end_is_recorded_and_hurts_no_other(tmp_path: Path) -> None:
+    cells = [cell(name, name) for name in ("exit", "kill", "raise", "fail", "ok")]
+    cells.append(cell("na", "n/a"))
+    heard: list[Ended] = []
+    ended = pool(tmp_path).run(cells, lambda one, left: heard.append(one))
+    found = {one.cell.id: (one.status, one.reason) for one in ended}
+    assert heard == ended
+    assert found["ok"] == ("ok", "")
+    assert found["na"] == ("n/a", "no face to attack")
+    assert found["fail"] == ("failed", "the attack found no face")
+    assert found["exit"][1].startswith("its process ended with exit code 3")
+    assert found["kill"][1].startswith("killed by signal 9 (SIGKILL)")
+    assert found["raise"][0] == "failed"
+    for name, (status, reason) in found.items():
+        result = read_result(tmp_path / "s" / name)
+        assert result.status == status
+        assert (result.error.message if result.error else result.reason) == reason
+    assert "the runner itself broke" in read_result(tmp_path / "s" / "raise").error.traceback
+
+
+def test_a_cell_over_its_time_is_ended(tmp_path: Path) -> None:
+    ended = pool(tmp_path, time_limit=4.0).run([cell("a", "hang"), cell("b")], lambda one, left: None)
+    reasons = {one.cell.id: one.reason for one in ended}
+    assert reasons == {"a": "exceeded its time limit of 4 s", "b": ""}
+
+
+def test_stop_starts_no_cell_after_a_failure(tmp_path: Path) -> None:
+    cells = [cell("a", "fail"), cell("b"), cell("c")]
+    ended = pool(tmp_path, workers=1, stop=True).run(cells, lambda one, left: None)
+    assert [one.cell.id for one in ended] == ["a"]
+
+
+def test_an_old_result_is_not_taken_for_this_runs(tmp_path: Path) -> None:
+    fakes.run_cell(cell("a"), Settings(tmp_path, tmp_path))
+    (one,) = pool(tmp_path).run([cell("a", "exit")], lambda one, left: None)
+    assert one.status == "failed"
+    assert read_result(tmp_path / "s" / "a").status == "failed"
+
+
+def test_each_cell_has_a_process_of_its_own_and_a_log(tmp_path: Path) -> None:
+    pool(tmp_path).run([cell("a"), cell("b")], lambda one, left: None)
+    pids = [line.split()[2] for line in (tmp_path / "ran.txt").read_text().splitlines()]
+    assert len(set(pids)) == 2
+    assert (tmp_path / "s" / "a" / "log.txt").is_file()
+
+
+@pytest.mark.parametrize(("code", "said"), [
+    (-9, "killed by signal 9 (SIGKILL); perhaps the machine ran out of memory"), (-11, "killed by signal 11 (SIGSEGV)"),
+    (3, "its process ended with exit code 3 and left no result; see log.txt in its folder"),
+])
+def test_how_a_process_ended(code: int, said: str) -> None:
+    assert how(code) == said
+
+
+def test_workers_default_to_cores_or_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2})
+    monkeypatch.setattr("bench.launcher.gpus", lambda: ["4", "5"])
+    assert (workers(7, "cpu"), workers(0, "cpu"), workers(0, "cuda")) == (7, 3, 2)
