@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,11 +114,10 @@ def resolve(name: str, allow_pickle: bool = False) -> Model:
         folder = complete(folder, index, missing, allow_pickle)
     expected = PUBLISHED[name].sha256 if name in PUBLISHED else {}
     check_hashes(folder, expected)
-    digest = folder_digest(folder, index)
     capabilities = PIPELINES[index["_class_name"]]
-    plain = Model(folder.resolve(), digest, capabilities)
+    plain = Model(folder.resolve(), folder_digest(folder, index), capabilities)
     kinds = {kind for kind in ("ip_image", "ip_face") if find_adapter(plain, kind)}
-    return Model(plain.base, digest, capabilities | kinds)
+    return Model(plain.base, plain.digest, capabilities | kinds)
 
 
 def locate(name: str) -> Path:
@@ -295,8 +294,9 @@ def cache_folder() -> Path:
 
 
 def check_hashes(folder: Path, expected: Mapping[str, str]) -> None:
-    """Compare with the registry's hashes, with ``SHA256SUMS`` in the folder, and with the hub cache's blob names."""
-    for name, wanted in {**_blob_hashes(folder), **_sums(folder), **expected}.items():
+    """Compare with the registry's hashes, with ``SHA256SUMS`` in the folder (of an embedded model: in the one above
+    it), and with the hub cache's blob names."""
+    for name, wanted in {**_blob_hashes(folder), **_sums(folder), **_embedded_sums(folder), **expected}.items():
         if not (folder / name).is_file():
             raise BenchError(f"model: '{folder}' is incomplete, {name} is listed in its hashes and missing.")
         if (found := file_digest(folder / name)) != wanted:
@@ -316,27 +316,36 @@ def _sums(folder: Path) -> dict[str, str]:
     return sums
 
 
+def _embedded_sums(folder: Path) -> dict[str, str]:
+    if folder.resolve().parent != MICRO.resolve():
+        return {}
+    start = f"{folder.name}/"
+    return {name.removeprefix(start): value for name, value in _sums(MICRO).items() if name.startswith(start)}
+
+
 def _blob_hashes(folder: Path) -> dict[str, str]:
     """The hub cache stores a large file under its own SHA-256; a shorter name is a git hash and says nothing here."""
     blobs = {p: Path(os.readlink(p)).name for p in folder.rglob("*.safetensors") if p.is_symlink()}
     return {str(p.relative_to(folder)): name for p, name in blobs.items() if len(name) == 64}
 
 
-def weight_files(folder: Path, index: Mapping[str, Any]) -> Iterator[Path]:
-    """Every file that decides what the model computes, each once, in a fixed order."""
-    seen = {folder / "model_index.json"}
-    for name in sorted(components(index)):
+def weight_files(folder: Path, index: Mapping[str, Any]) -> dict[str, Path]:
+    """Every file that decides what the model and its own adapters compute: name -> file, in a fixed order."""
+    found = {"model_index.json": folder / "model_index.json"}
+    for name in components(index):
         if name not in OPTIONAL:
             place = component_folder(folder, name)
-            seen |= {p for p in place.iterdir() if p.suffix in (".safetensors", ".json", ".txt")}
-    yield from sorted(p for p in seen if p.is_file())
+            found |= {f"{name}/{p.name}": p for p in place.iterdir() if p.suffix in (".safetensors", ".json", ".txt")}
+    adapters = adapter_folder(folder.resolve())
+    found |= {f"adapters/{p.relative_to(adapters).as_posix()}": p for p in adapters.rglob("*.safetensors")}
+    return {name: found[name] for name in sorted(found)}
 
 
 def folder_digest(folder: Path, index: Mapping[str, Any]) -> str:
     """SHA-256 over the names and contents of every weight and configuration file; the folder's own name is no part."""
     total = hashlib.sha256()
-    for file in weight_files(folder, index):
-        total.update(f"{file.relative_to(folder).as_posix()} {file_digest(file)}\n".encode())
+    for name, file in weight_files(folder, index).items():
+        total.update(f"{name} {file_digest(file)}\n".encode())
     return total.hexdigest()
 
 
@@ -385,32 +394,33 @@ def adapter_path(model: Model, kind: str) -> AdapterFiles:
     found = find_adapter(model, kind)
     if found is None:
         raise BenchError(
-            f"adapter: no '{kind}' adapter for {model.base.name}. Looked in {model.base / 'ip_adapter'} and in the "
-            f"registry; put adapters.json, the adapter's safetensors file and its image_encoder folder there"
+            f"adapter: no '{kind}' adapter for {model.base.name}. Looked in {adapter_folder(model.base)} and in the "
+            f"registry; put ip-adapter_{kind.removeprefix('ip_')}.safetensors and the image_encoder folder there"
             f"{_adapter_hint(model, kind)}.")
     return found
 
 
 def find_adapter(model: Model, kind: str) -> AdapterFiles | None:
-    """Look beside the model, then among the embedded adapters, then in the hub cache."""
-    for folder in (model.base / "ip_adapter", MICRO / "micro-ip"):
-        name = "*" if folder.parent == model.base else model.base.name
-        embedded = folder.parent == model.base or model.base == (MICRO / name).resolve()
-        if embedded and (found := _listed(folder, name, kind)):
-            return found
-    return _published_adapter(model, kind)
+    """Look in the model's own adapter folder, then in the hub cache."""
+    return _own_adapter(model.base, kind) or _published_adapter(model, kind)
 
 
-def _listed(folder: Path, name: str, kind: str) -> AdapterFiles | None:
-    file = folder / "adapters.json"
-    if not file.is_file():
+def adapter_folder(base: Path) -> Path:
+    """Where a model's own adapters lie: ``ip_adapter`` in its folder; ``micro-ip/a`` for ``micro-sd-a``."""
+    embedded = base.parent == MICRO.resolve()
+    return base.parent / "micro-ip" / base.name.rpartition("-")[2] if embedded else base / "ip_adapter"
+
+
+def _own_adapter(base: Path, kind: str) -> AdapterFiles | None:
+    folder = adapter_folder(base)
+    file = f"ip-adapter_{kind.removeprefix('ip_')}.safetensors"
+    if not (folder / file).is_file():
         return None
-    entry = json.loads(file.read_text()).get(name, {}).get(kind)
-    if entry is None:
-        return None
-    encoder = folder / entry["image_encoder"] if "image_encoder" in entry else None
-    files = AdapterFiles(folder, "", entry["weight"], encoder, entry.get("recogniser", ""))
-    return files if files.weight.is_file() and (encoder is None or encoder.is_dir()) else None
+    if kind == "ip_face":
+        embedded = base.parent == MICRO.resolve()
+        return AdapterFiles(folder, "", file, None, "micro-face-1" if embedded else "insightface:buffalo_l")
+    encoder = folder / "image_encoder"
+    return AdapterFiles(folder, "", file, encoder) if encoder.is_dir() else None
 
 
 def _published_adapter(model: Model, kind: str) -> AdapterFiles | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Sequence
 from pathlib import Path
@@ -88,9 +87,7 @@ def add_image_adapter(folder: Path, seed: int = 1) -> Path:
         projection_dim=IMAGE_WIDTH,
     )
     transformers.CLIPVisionModelWithProjection(vision).save_pretrained(home / "image_encoder")
-    save_file(_adapter_weights(folder), home / "ip_image.safetensors")
-    entry = {"weight": "ip_image.safetensors", "image_encoder": "image_encoder"}
-    (home / "adapters.json").write_text(json.dumps({"*": {"ip_image": entry}}))
+    save_file(_adapter_weights(folder), home / "ip-adapter_image.safetensors")
     return folder
 
 

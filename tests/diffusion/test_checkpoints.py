@@ -162,7 +162,7 @@ def test_foreign_code_and_unknown_pipelines_are_refused(folder: Path) -> None:
 
 
 def test_a_model_without_adapter_says_where_it_looked(tiny_ddpm: Path) -> None:
-    with pytest.raises(BenchError, match=r"no 'ip_image' adapter.*adapters\.json"):
+    with pytest.raises(BenchError, match=r"no 'ip_image' adapter.*ip-adapter_image\.safetensors"):
         adapter_path(resolve(str(tiny_ddpm)), "ip_image")
 
 
