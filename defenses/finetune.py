@@ -28,7 +28,8 @@ class FineTune:
     """Trains a suspicious model further on clean images with its ordinary loss, and does nothing else.
 
     ``steps``: number of updates, None for ``epochs`` passes over the defender's images. On text-to-image models the
-    UNet is trained on images and their captions; use a far lower ``lr`` there (1e-5).
+    UNet is trained on images and their captions; use a far lower ``lr`` there (1e-5). ``mixed_precision``: compute in
+    bfloat16.
     """
 
     epochs: int = 11
@@ -37,18 +38,24 @@ class FineTune:
     lr: float = 2e-4
     warmup: int = 0
     grad_clip: float = 1.0
+    mixed_precision: bool = False
 
     def repair(self, suspicious: Model, data: ImageSet, secret: Secret | None, ctx: Context) -> Model:
         """The same model with a trained UNet. ``secret`` is not used."""
         from bench.diffusion.loading import save_part
-        from bench.diffusion.training import Plan, count_steps, fit, shuffled_batches
+        from bench.diffusion.training import Plan, count_steps, fit, mixed, shuffled_batches
 
         unet, loss_of = _unconditional(suspicious, data, ctx) if "unconditional" in suspicious.capabilities \
             else _captioned(suspicious, data, ctx)
         rows = shuffled_batches(len(data), self.batch, ctx.generator("batches"))
         plan = Plan(count_steps(self.steps, self.epochs, len(data), self.batch), self.lr, self.warmup,
                     clip=self.grad_clip)
-        fit(unet, lambda: loss_of(next(rows)), plan, ctx, "finetune")
+
+        def batch_loss() -> Tensor:
+            with mixed(ctx.device, self.mixed_precision):
+                return loss_of(next(rows))
+
+        fit(unet, batch_loss, plan, ctx, "finetune")
         part = save_part(unet, ctx.folder, "unet")
         parts = {**suspicious.parts, "unet": part}
         return replace(suspicious, parts=parts, digest=digest([suspicious.digest, ctx.key]))

@@ -42,6 +42,11 @@ class Plan:
         return 0.5 * (1 + math.cos(math.pi * done)) if self.cosine else 1.0
 
 
+def mixed(device: str, wanted: bool) -> torch.autocast:
+    """Within it, modules compute in bfloat16 where that is safe; weights and losses stay float32."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=wanted)
+
+
 def count_steps(steps: int | None, epochs: int, images: int, batch: int) -> int:
     """``steps`` if given, else as many as ``epochs`` passes over ``images`` take, the last batch of each kept."""
     if epochs < 1 or batch < 1 or images < 1:

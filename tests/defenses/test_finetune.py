@@ -45,7 +45,7 @@ def clean_loss(model: Model) -> float:
 
 
 def test_it_learns_the_clean_images_and_is_reproducible(suspicious: Model, tmp_path: Path) -> None:
-    defense = FineTune(steps=60, batch=16, lr=2e-3)
+    defense = FineTune(steps=40, batch=16, lr=3e-3)
     repaired = []
     for place in ("one", "two"):
         (tmp_path / place).mkdir()
@@ -65,7 +65,7 @@ def test_epochs_count_passes_over_the_data(suspicious: Model, tmp_path: Path) ->
 
 def test_it_starts_from_the_suspicious_weights_not_from_the_base(suspicious: Model, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
-    once = FineTune(steps=40, batch=16, lr=2e-3).repair(suspicious, stripes(), None, Context("a", tmp_path / "a"))
+    once = FineTune(steps=10, batch=16, lr=3e-3).repair(suspicious, stripes(), None, Context("a", tmp_path / "a"))
     again = FineTune(steps=1, batch=16, lr=1e-9).repair(once, stripes(), None, Context("b", tmp_path / "b"))
     assert clean_loss(again) == pytest.approx(clean_loss(once), rel=0.01)
 
