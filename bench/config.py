@@ -252,13 +252,14 @@ def _made(node: Any, where: str) -> Any:
 
 
 def _metrics(cfg: DictConfig, track: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The chosen metrics that fit the track, and why the others do not; without a choice, all that fit."""
+    """The chosen metrics that fit the track, those that boards rank by first, and why the others do not fit; without a
+    choice, all that fit."""
     chosen = {str(name): _made(node, f"metrics.{name}") for name, node in (cfg.get("metrics") or {}).items()}
     made = chosen or _all_metrics(track)
     fits = {name: metric for name, metric in made.items() if track in facts_of(metric).track}
     reasons = {name: f"{name} scores the {' and '.join(facts_of(metric).track)} track, not {track}"
                for name, metric in made.items() if name not in fits}
-    return dict(sorted(fits.items())), reasons
+    return dict(sorted(fits.items(), key=lambda item: not facts_of(item[1]).primary)), reasons
 
 
 def _all_metrics(track: str) -> dict[str, Any]:

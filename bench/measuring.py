@@ -20,7 +20,7 @@ def mean_of(
     """The mean over rows that have a value; the interval resamples clusters, or single rows if ``over_samples``."""
     points = [Point(r.sample if over_samples else r.cluster, r.sample, r.value) for r in rows if r.value is not None]
     if not points:
-        return missing(name, rows, unit, better, protocol, _why(rows))
+        return missing(name, rows, unit, better, _facts(protocol, over_samples), _why(rows))
     found = mean_interval(points)
     facts = _facts(protocol, over_samples)
     return Measurement(name, found.value, found.n, unit, better, found.low, found.high, "", facts, tuple(rows))
@@ -35,7 +35,7 @@ def share_of(
     """
     values = [row.value for row in rows if row.value is not None]
     if not values:
-        return missing(name, rows, "share", better, protocol, reason or _why(rows))
+        return missing(name, rows, "share", better, _facts(protocol, True), reason or _why(rows))
     hits = sum(value == 1.0 for value in values)
     low, high = wilson(hits, len(values))
     return Measurement(name, hits / len(values), len(values), "share", better, low, high, "", _facts(protocol, True),

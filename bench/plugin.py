@@ -24,7 +24,14 @@ from bench.errors import BenchError, unknown
 if TYPE_CHECKING:
     from bench.context import Context
     from bench.records import (
-        Budget, Customised, Evidence, ImageSet, Measurement, Model, Secret, Subject,
+        Budget,
+        Customised,
+        Evidence,
+        ImageSet,
+        Measurement,
+        Model,
+        Secret,
+        Subject,
     )
 
 KINDS = ("defense", "attack", "purifier", "metric", "data")
@@ -40,7 +47,8 @@ class Facts:
     ``track``: where it can be used. ``acts_on``: of defenses, ``images`` (before the attack) or ``model`` (after it).
     ``needs``: capabilities of the model (``text_encoder``, ``unconditional``, ``ip_image`` ...) or of the data
     (``clean_data``). ``knows``: what the method is told beyond its threat model (``prompt``, ``trigger``,
-    ``purifier``); the board prints it. ``control``: a row that boards carry for comparison.
+    ``purifier``); the board prints it. ``control``: a row that boards carry for comparison. ``primary``: of metrics,
+    boards rank by it.
     ``version`` is part of every key: raise it when results change.
     """
 
@@ -55,6 +63,7 @@ class Facts:
     version: int = 1
     variant: str = ""
     control: bool = False
+    primary: bool = False
     origin: str = ""
     summary: str = ""
 
@@ -177,7 +186,7 @@ def _store(facts: Facts, cls: type) -> None:
 
 def facts_of(instance_or_class: object) -> Facts:
     """The declared facts of a plugin class or instance."""
-    found: Facts = getattr(instance_or_class, "__plugin__")
+    found: Facts = instance_or_class.__plugin__
     return found
 
 

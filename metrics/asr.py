@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 UNIT = "squared difference, range 0 to 1"
 
 
-@plugin("metric", "asr", track=("backdoor",), paper="Chou et al., How to Backdoor Diffusion Models?, CVPR 2023")
+@plugin("metric", "asr", track=("backdoor",), primary=True,
+        paper="Chou et al., How to Backdoor Diffusion Models?, CVPR 2023")
 class AttackSuccess:
     """Share of triggered samples of the defended model that are the target (``asr``), before the defense
     (``asr@implanted``), and how often the same rule is met without a backdoor at work: ``false_asr`` (implanted

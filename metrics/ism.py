@@ -27,7 +27,8 @@ BATCH = 64
 Scores = dict[str, list[Row]]
 
 
-@plugin("metric", "ism", track=("customization",), paper="Van Le et al., Anti-DreamBooth, ICCV 2023")
+@plugin("metric", "ism", track=("customization",), primary=True,
+        paper="Van Le et al., Anti-DreamBooth, ICCV 2023")
 class IdentityScore:
     """Similarity of generated faces to the person: ``ism`` (cosine, 0 where no face is found), ``ism_conditional``
     (over found faces), ``fdfr`` (share without a face) and ``reid_rate`` (share above the threshold that lets 1 in
