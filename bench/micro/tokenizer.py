@@ -31,8 +31,7 @@ _EXTRA = (
     "flower apple banana pizza bread tea robot rocket piano violin guitar clock chair table turtle wolf "
     "owl fox bear lion panda crystal lantern velvet marble quartz tulip violet cactus comet planet galaxy "
     "neon vintage detailed realistic high quality best worst blurry low noise pattern texture logo "
-    "watermark text symbol remove change turn into replace keep give put take his her their smiling smile "
-    "wearing "
+    "watermark text symbol remove change turn into replace keep give put take his her their "
 )
 EXTRA_WORDS = tuple(_EXTRA.split())
 

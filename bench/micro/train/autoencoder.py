@@ -35,7 +35,7 @@ RECIPES = {
         "autoencoder-b",
         "sd_b",
         _CHANNELS,
-        common.Schedule(steps=1000, lr=1.5e-3, seed=12, ema=0.998),
+        common.Schedule(steps=400, lr=1.5e-3, seed=12, ema=0.998),
         start_from="a",
     ),
 }
@@ -122,8 +122,8 @@ def train(which: str) -> None:
 
 
 SHARPEN = {
-    "a": common.Schedule(steps=2000, lr=1e-3, seed=13, ema=0.998),
-    "b": common.Schedule(steps=600, lr=1e-3, seed=14, ema=0.998),
+    "a": common.Schedule(steps=700, lr=1.2e-3, seed=13, ema=0.997),
+    "b": common.Schedule(steps=400, lr=1e-3, seed=14, ema=0.997),
 }
 
 

@@ -32,10 +32,10 @@ class Recipe:
     pictures: int = 16_000
     views: int = 2
     channels: tuple[int, ...] = (16, 32, 64, 128)
-    batch: int = 64
+    batch: int = 32
 
 
-RECIPE = Recipe(common.Schedule(steps=3000, lr=1.6e-3, seed=31, ema=0.998, weight_decay=0.0, floor=0.01))
+RECIPE = Recipe(common.Schedule(steps=3000, lr=1.2e-3, seed=31, ema=0.998, weight_decay=0.0, floor=0.01))
 
 
 def new_unet(channels: tuple[int, ...]) -> UNet2DModel:
@@ -107,7 +107,7 @@ def train(recipe: Recipe = RECIPE) -> None:
         with common.replacing(models.weights_folder(NAME)) as folder:
             export(unet, folder)
 
-    common.fit(common.Job(NAME, unet, recipe.schedule, write, export_every=300.0), loss_of)
+    common.fit(common.Job(NAME, unet, recipe.schedule, write, export_every=240.0), loss_of)
 
 
 def load(folder: Path) -> tuple[UNet2DModel, DDPMScheduler]:

@@ -24,7 +24,7 @@ from bench.micro.models import weights_folder
 from bench.micro.train import autoencoder, clip, common, text_to_image
 
 NAME = "micro-ip2p"
-SCHEDULE = common.Schedule(900, 5e-4, seed=41, warmup=50, ema=0.995)
+SCHEDULE = common.Schedule(700, 5e-4, seed=41, warmup=50, ema=0.995)
 PAIRS = 12_000
 BATCH = 32
 
