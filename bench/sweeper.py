@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from bench import terminal
 from bench.config import Cell, Config, Settings, root_of, settings
 from bench.errors import BenchError
-from bench.launcher import RUNNER, Ended, Pool, stamp, workers
+from bench.launcher import PRELOAD, RUNNER, Ended, Pool, stamp, workers
 from bench.outcomes import failed, not_applicable, write
 from bench.planner import Planned, choices, expand, freeze, in_order, plan, resolve_cells, result_of
 
@@ -43,10 +43,12 @@ class SweeperConf:
 
 @dataclass
 class WorkersConf:
-    """``runner``: the function that runs a cell, as ``module:function``."""
+    """``runner``: the function that runs a cell, as ``module:function``. ``preload``: the module that the fork server
+    imports once for all cells."""
 
     _target_: str = f"{PREFIX}WorkersLauncher"
     runner: str = RUNNER
+    preload: str = PRELOAD
 
 
 class PlanChanged(BenchError):
@@ -66,8 +68,8 @@ def register() -> None:
 class WorkersLauncher(Launcher):
     """One process per cell on this machine, ``workers`` at a time."""
 
-    def __init__(self, runner: str = RUNNER) -> None:
-        self.runner = runner
+    def __init__(self, runner: str = RUNNER, preload: str = PRELOAD) -> None:
+        self.runner, self.preload = runner, preload
         self.config: DictConfig | None = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -78,7 +80,8 @@ class WorkersLauncher(Launcher):
 
     def run(self, cells: Sequence[Cell], how: Settings, root: Config, progress: Progress) -> list[Ended]:
         """Run planned cells; they are handed over as they were planned, nothing is composed again."""
-        pool = Pool(how, workers(root.workers, how.device), root.time_limit, root.on_error == "stop", self.runner)
+        pool = Pool(how, workers(root.workers, how.device), root.time_limit, root.on_error == "stop", self.runner,
+                    (self.preload,))
         progress.workers = pool.workers
         return pool.run(cells, progress.report)
 
@@ -191,11 +194,8 @@ def judge(cell: Cell, before: tuple[int, int] | None, back: JobReturn, seconds: 
 
 def finish(planned: Sequence[Planned], ended: Sequence[Ended], how: Settings) -> list[Ended]:
     """Write and show the boards, then say what failed."""
-    from bench.leaderboard import print_boards, write_boards
-
-    suites = dict.fromkeys(p.cell.suite for p in planned)
-    for suite in suites:
-        print_boards(write_boards(how.results / suite))
+    for suite in dict.fromkeys(p.cell.suite for p in planned):
+        _board(how.results / suite)
     wrong = [one for one in ended if one.status == "failed"]
     unrun = len([p for p in planned if p.todo == "run"]) - len(ended)
     if wrong or unrun:
@@ -204,3 +204,13 @@ def finish(planned: Sequence[Planned], ended: Sequence[Ended], how: Settings) ->
     return list(ended)
 
 
+
+
+def _board(folder: Path) -> None:
+    """A board that cannot be made, say because no cell has a result yet, hides no failure."""
+    from bench.leaderboard import print_boards, write_boards
+
+    try:
+        print_boards(write_boards(folder))
+    except BenchError as error:
+        logger.warning("%s", error)
