@@ -89,8 +89,10 @@ def centre_square(x: Tensor, size: int) -> Tensor:
 def clip(name: str, device: str = "cpu") -> Clip:
     """A CLIPModel by name (``micro-clip``) or folder: safetensors only, frozen."""
     from transformers import AutoTokenizer, CLIPModel
+    from transformers.utils import logging
 
     folder = clip_folder(name)
+    logging.disable_progress_bar()
     model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
     mean, std = _centring(folder)
     return Clip(

@@ -86,13 +86,17 @@ def _owners(pixels: dict[str, Tensor], limit: int) -> tuple[str, ...]:
 
 def measure_sets(
     name: str, sets: Sets, prepare: Prepare, unit: str, protocol: dict[str, Any], draws: int, seed: int,
+    floor: float = float("-inf"),
 ) -> list[Measurement]:
-    """The distance, and, where there is a clean model, its rise over that model's distance."""
+    """The distance, and, where there is a clean model, its rise over that model's distance.
+
+    ``floor``: what the distance cannot be below, and so neither its interval.
+    """
     rng = np.random.default_rng(seed)
     weights = [_weights(sets, rng) for _ in range(draws)]
     distance = prepare(sets.generated, sets.real)
     facts = {**protocol, "generated": len(sets.generated), "real": len(sets.real)}
-    found = [_measurement(name, distance, sets, weights, unit, facts)]
+    found = [_measurement(name, distance, sets, weights, unit, facts, floor)]
     if sets.before is not None:
         clean = prepare(sets.before, sets.real)
 
@@ -112,10 +116,12 @@ def missing(name: str, sets: Sets, unit: str, protocol: dict[str, Any], reason: 
 
 def _measurement(
     name: str, distance: Distance, sets: Sets, weights: Sequence[tuple[Array, Array]], unit: str, facts: dict[str, Any],
+    floor: float = float("-inf"),
 ) -> Measurement:
     value = distance(np.ones(len(sets.generated)), np.ones(len(sets.real)))
     units = len(set(sets.of_generated))
     low, high = spread(value, [distance(w, v) for w, v in weights]) if units >= FEWEST else (None, None)
+    low = None if low is None else max(low, floor)
     # A protected photo is meant to make what the attacker draws unlike the person; a repair must leave it alike.
     return Measurement(name, value, len(sets.generated), unit, sets.paired, low, high, protocol=facts)
 

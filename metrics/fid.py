@@ -47,7 +47,7 @@ class Fid:
         facts: dict[str, Any] = {**extract.facts, "components": self.components}
         if reason := self._too_few(sets):
             return missing("fid", sets, UNIT, facts, reason)
-        return measure_sets("fid", sets, self.prepare, UNIT, facts, self.draws, ctx.seed("bootstrap"))
+        return measure_sets("fid", sets, self.prepare, UNIT, facts, self.draws, ctx.seed("bootstrap"), floor=0)
 
     def prepare(self, generated: Array, real: Array) -> Distance:
         """The distance of two sets of features as a function of the pictures' weights."""
@@ -89,7 +89,8 @@ def frechet(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
     inner = np.clip(np.linalg.eigvalsh(root @ cov_b @ root), 0, None)
     offset = mean_a - mean_b
-    return float(offset @ offset + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(inner).sum())
+    distance = offset @ offset + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(inner).sum()
+    return max(0.0, float(distance))  # rounding can leave -1e-14
 
 
 def principal_axes(features: Array, count: int) -> Array:

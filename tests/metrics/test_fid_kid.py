@@ -142,6 +142,12 @@ def test_people_are_resampled_together() -> None:
     assert more.low is not None and more.higher_is_better is True
 
 
+def test_no_interval_reaches_below_the_smallest_distance() -> None:
+    x = normal(12, 4, 0)
+    [found] = measure_sets("fid", sets(x, x + 1e-3), Fid().prepare, "", {}, 50, 0, floor=0)
+    assert found.low == 0
+
+
 def test_resampling_draws_as_many_as_there_are() -> None:
     assert all(resample(9, RNG(s)).sum() == 9 for s in range(20))
 
