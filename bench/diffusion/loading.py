@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -187,4 +188,12 @@ def save_part(module: Any, folder: Path, name: str, half: bool = True) -> Path:
     target = folder / name
     stored = copy.deepcopy(module).half() if half else module
     stored.save_pretrained(target, safe_serialization=True)
+    _forget_origin(target / "config.json")
     return target
+
+
+def _forget_origin(config: Path) -> None:
+    """Drop the path that the module was loaded from: an artefact is the same on every machine."""
+    known = json.loads(config.read_text())
+    known.pop("_name_or_path", None)
+    config.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")

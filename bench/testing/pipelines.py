@@ -64,11 +64,11 @@ def save_stable_diffusion(folder: Path, seed: int = 0, prediction_type: str = "e
     return folder
 
 
-def save_ddpm(folder: Path, seed: int = 0, steps: int = 20) -> Path:
-    """A DDPMPipeline of a few thousand parameters for 8x8 pixels, with a short chain."""
+def save_ddpm(folder: Path, seed: int = 0, steps: int = 20, size: int = 8) -> Path:
+    """A DDPMPipeline of a few thousand parameters for ``size`` pixels, with a short chain."""
     torch.manual_seed(seed)
     unet = diffusers.UNet2DModel(
-        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
+        sample_size=size, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, attention_head_dim=4,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
     pipeline: Any = diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler(steps, beta_start=1e-3, beta_end=0.2))
