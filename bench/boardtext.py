@@ -28,7 +28,7 @@ LEGEND = (
     "Δ: paired difference to a control at the same budget, on the same units, seeds and samples. * the interval "
     "excludes 0, which on few units is weak; ** an exact sign-flip test with Holm's correction agrees (it needs 6 "
     "units, and more where many defenses are compared).",
-    "#: defenses share a rank (=) where their paired difference includes 0. P(best): share of resamplings in which "
+    "Defenses share a rank (=) where their paired difference includes 0. P(best): the share of resamplings in which "
     "the line comes first. cost: seconds of the defense's own stage, when it was built.",
 )
 
@@ -39,9 +39,6 @@ class Shown:
 
     main: str
     detail: str = ""
-
-    def inline(self) -> str:
-        return f"{self.main} {self.detail}".strip()
 
 
 @dataclass(frozen=True)
@@ -135,7 +132,7 @@ def ranking(table: Table) -> Sheet:
     decimals = places([line.scores[column.name].value for line in lines])
     budgets, sizes = any(line.eps is not None for line in lines), not common_size(table)
     certain = any(line.best is not None for line in lines)
-    head = ["#", "defense", *(["ε"] if budgets else []), heading(column), *(f"Δ {c}" for c in table.controls),
+    head = ["rank", "defense", *(["ε"] if budgets else []), heading(column), *(f"Δ {c}" for c in table.controls),
             *(["P(best)"] if certain else []), *(["n"] if sizes else []), "cost"]
     rows = []
     for line in lines:
@@ -208,7 +205,7 @@ def overview(boards: Boards) -> str:
 def escaped(text: str) -> str:
     """Text that Markdown and HTML show as it is."""
     line = " ".join(printable(text).split())
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$@:])", r"\\\1", html.escape(line, quote=False))
+    return re.sub(r"([\\`*_\[\]|~]|:(?=//))", r"\\\1", html.escape(line, quote=False))
 
 
 def printable(text: str) -> str:
@@ -217,7 +214,9 @@ def printable(text: str) -> str:
 
 
 def cell_text(shown: Shown) -> str:
-    return escaped(shown.main) + (f" {escaped(shown.detail)}" if shown.detail else "")
+    if not shown.detail or re.fullmatch(r"\[[-+.,\d ]+\]", shown.detail):
+        return f"{escaped(shown.main)} {shown.detail}".strip()
+    return f"{escaped(shown.main)} *({escaped(shown.detail)})*"
 
 
 def markdown(boards: Boards) -> str:
@@ -244,7 +243,7 @@ def markdown_rows(sheet: Sheet) -> Iterator[str]:
 
 
 def _left(name: str) -> bool:
-    return name in ("#", "defense", "status", "reason", "n")
+    return name in ("rank", "defense", "status", "reason", "n")
 
 
 # Terminal

@@ -118,7 +118,8 @@ class ModelCodec:
 
     def save(self, value: Model, folder: Path) -> None:
         if value == self.base:
-            return _write(folder / MODEL, {"unchanged": True})
+            _write(folder / MODEL, {"unchanged": True})
+            return
         if value.base != self.base.base:
             raise BenchError(f"model: a stage made a model on {value.base} out of one on {self.base.base}; weights "
                              "may be replaced by parts and adapters only.")

@@ -28,8 +28,8 @@ def told(what: str, folder: Path) -> Iterator[None]:
         trouble = disk_trouble(error, folder)
         if trouble is None:
             raise
-        raise BenchError(f"{what}: cannot write in {folder}: {trouble}. Nothing that was finished is lost; make "
-                         "room there (or make it writable), or choose another folder, and run the same again.") from error
+        raise BenchError(f"{what}: cannot write in {folder}: {trouble}. Nothing that was finished is lost; make room "
+                         "there (or make it writable), or choose another folder, and run the same again.") from error
 
 
 def disk_trouble(error: BaseException | None, folder: Path) -> str | None:

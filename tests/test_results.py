@@ -59,7 +59,8 @@ def test_round_trip(tmp_path: Path) -> None:
     written = write(tmp_path / "abc", stamp="pipeline check, not a result")
     assert read_result(tmp_path / "abc") == written
     assert read_rows(tmp_path / "abc") == [
-        SampleRow("ism", "a", "s1", 0.4), SampleRow("ism", "b", "s2", 0.6), SampleRow("ism", "c", "s2", None, "no face")]
+        SampleRow("ism", "a", "s1", 0.4), SampleRow("ism", "b", "s2", 0.6),
+        SampleRow("ism", "c", "s2", None, "no face")]
     assert written.measurements[0].clusters == 2
     assert sorted(p.name for p in (tmp_path / "abc").iterdir()) == ["result.json", "samples.jsonl"]
 
