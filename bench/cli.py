@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,8 +85,9 @@ def help_text() -> str:
     """What ``bench --help`` prints."""
     found = groups()
     defense, attack = _example()
+    suite = (found["experiment"] or ["<suite>"])[0]
     return HELP.format(groups="".join(_group_line(group, names) for group, names in found.items()),
-                       options=_options(), defense=defense, attack=attack, suite=(found["experiment"] or ["<suite>"])[0])
+                       options=_options(), defense=defense, attack=attack, suite=suite)
 
 
 def _example() -> tuple[str, str]:
@@ -226,10 +228,11 @@ def _hydra(words: list[str], multirun: bool = False) -> int:
     register()
     many = multirun or any(word in ("-m", "--multirun") for word in words)
     sys.argv = ["bench", *_arranged(words, many)]
+    app = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)
     traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself, in its own way, and exits
     try:
-        hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)()
+        with _raised_errors():
+            app()
     except EXPLAINABLE as error:
         if traced:
             raise
@@ -237,6 +240,21 @@ def _hydra(words: list[str], multirun: bool = False) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     return 0
+
+
+@contextmanager
+def _raised_errors() -> Iterator[None]:
+    """Let Hydra raise its errors; left alone it prints them in its own way and exits."""
+    name = "HYDRA_FULL_ERROR"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _arranged(words: list[str], many: bool) -> list[str]:

@@ -184,7 +184,7 @@ def _store(facts: Facts, cls: type) -> None:
     ConfigStore.instance().store(group=group, name=facts.name, node=cls, package=package, provider="bench")
 
 
-def facts_of(instance_or_class: object) -> Facts:
+def facts_of(instance_or_class: Any) -> Facts:
     """The declared facts of a plugin class or instance."""
     found: Facts = instance_or_class.__plugin__
     return found

@@ -21,7 +21,8 @@ ROOT = Path(__file__).parent.parent
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with both third-party distributions, installed by pip."""
     base = tmp_path_factory.mktemp("plugins")
-    sources = [shutil.copytree(ROOT / "tests" / "plugin_package" / name, base / name) for name in ("halftone", "broken")]
+    packages = ROOT / "tests" / "plugin_package"
+    sources = [shutil.copytree(packages / name, base / name) for name in ("halftone", "broken")]
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
          "--target", str(base / "site"), *map(str, sources)], check=True, capture_output=True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -75,7 +76,7 @@ def test_all_errors_come_at_once_and_equal_cells_are_one(compose: Compose) -> No
 def test_neighbours_build_different_first_stages(compose: Compose) -> None:
     cells = [cell_of(compose, f"defense={d}", f"attack.steps={s}") for d in ("none", "fake_shield") for s in (1, 2, 3)]
     order = [type(one.defense).__name__ for one in in_order(cells)]
-    assert all(a != b for a, b in zip(order, order[1:], strict=False))
+    assert all(a != b for a, b in pairwise(order))
     assert {one.id for one in in_order(cells)} == {one.id for one in cells}
 
 
