@@ -37,11 +37,16 @@ class CustomizationProtocol:
 
 @dataclass
 class BackdoorProtocol:
-    """How models are sampled, without and with the trigger. ``samples``: images per model, from the same seeds."""
+    """How models are sampled, without and with the trigger. ``samples``: images per model, from the same seeds.
+
+    ``clip``: clip the estimate of the clean image to [-1, 1] at every step. Backdoor papers sample without it, for it
+    is itself a mitigation; published checkpoints' own configs often have it on.
+    """
 
     samples: int = 128
     sampler: str = "ddpm"
     steps: int = 1000
+    clip: bool = False
 
     def __post_init__(self) -> None:
         _require_sampler("backdoor", self.sampler)

@@ -168,8 +168,9 @@ def draw_unconditional(
     noise = initial_noise(seeds, (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size))
     noise = noise if shift is None else noise + shift
     steps = min(protocol.steps, scheduler.config.num_train_timesteps)
+    schedule = {**scheduler.config, "clip_sample": protocol.clip}
     parts = chunks(len(seeds), UNCONDITIONAL_BATCH)
     return torch.cat([
-        sample_unconditional(unet, scheduler.config, noise[part], seeds[part], steps, protocol.sampler)
+        sample_unconditional(unet, schedule, noise[part], seeds[part], steps, protocol.sampler)
         for part in ctx.track(parts, "sampling", len(parts))
     ])
