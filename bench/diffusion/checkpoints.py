@@ -417,10 +417,17 @@ def _own_adapter(base: Path, kind: str) -> AdapterFiles | None:
     if not (folder / file).is_file():
         return None
     if kind == "ip_face":
-        embedded = base.parent == MICRO.resolve()
-        return AdapterFiles(folder, "", file, None, "micro-face-1" if embedded else "insightface:buffalo_l")
+        return AdapterFiles(folder, "", file, None, _recogniser_of(folder))
     encoder = folder / "image_encoder"
     return AdapterFiles(folder, "", file, encoder) if encoder.is_dir() else None
+
+
+def _recogniser_of(folder: Path) -> str:
+    """The face encoder that a face adapter was trained with: named in ``recogniser.txt``, else the usual one."""
+    note = folder / "recogniser.txt"
+    if note.is_file():
+        return note.read_text().strip()
+    return "micro-face-1" if folder.parent.parent == MICRO.resolve() else "insightface:buffalo_l"
 
 
 def _published_adapter(model: Model, kind: str) -> AdapterFiles | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -146,9 +147,20 @@ def _add_image_prompt(pipeline: Any, adapter: Adapter, model: Model, device: str
     encoder = checkpoints.adapter_path(model, adapter.kind).image_encoder
     if encoder is not None:
         _register_image_encoder(pipeline, encoder, device)
-    pipeline.load_ip_adapter(_adapter_state(adapter.path), subfolder="", weight_name="", image_encoder_folder=None)
+    with _quiet():  # diffusers warns of an absent encoder and of casts that change nothing here
+        pipeline.load_ip_adapter(_adapter_state(adapter.path), subfolder="", weight_name="", image_encoder_folder=None)
     pipeline.set_ip_adapter_scale(adapter.scale)
     freeze(pipeline.unet).to(device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(before)
 
 
 def _register_image_encoder(pipeline: Any, folder: Path, device: str) -> None:
@@ -186,7 +198,7 @@ def save_part(module: Any, folder: Path, name: str, half: bool = True) -> Path:
     changes, and a grid stores hundreds of these.
     """
     target = folder / name
-    stored = copy.deepcopy(module).half() if half else module
+    stored = nn.Module.half(copy.deepcopy(module)) if half else module
     stored.save_pretrained(target, safe_serialization=True)
     _forget_origin(target / "config.json")
     return target

@@ -91,13 +91,36 @@ def add_image_adapter(folder: Path, seed: int = 1) -> Path:
     return folder
 
 
+def add_face_adapter(folder: Path, recogniser: str, width: int, seed: int = 2) -> Path:
+    """As :func:`add_image_adapter`, conditioned on embeddings [width] of a face encoder called ``recogniser``."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(seed)
+    home = folder / "ip_adapter"
+    home.mkdir(exist_ok=True)
+    projection = {
+        "image_proj.proj.0.weight": torch.randn(2 * width, width), "image_proj.proj.0.bias": torch.randn(2 * width),
+        "image_proj.proj.2.weight": torch.randn(IMAGE_TOKENS * WIDTH, 2 * width),
+        "image_proj.proj.2.bias": torch.randn(IMAGE_TOKENS * WIDTH),
+        "image_proj.norm.weight": torch.ones(WIDTH), "image_proj.norm.bias": torch.zeros(WIDTH),
+    }
+    save_file({**projection, **_attention_weights(folder)}, home / "ip-adapter_face.safetensors")
+    (home / "recogniser.txt").write_text(recogniser)
+    return folder
+
+
 def _adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
-    weights = {
+    projection = {
         "image_proj.proj.weight": torch.randn(IMAGE_TOKENS * WIDTH, IMAGE_WIDTH),
         "image_proj.proj.bias": torch.randn(IMAGE_TOKENS * WIDTH),
         "image_proj.norm.weight": torch.ones(WIDTH), "image_proj.norm.bias": torch.zeros(WIDTH),
     }
+    return {**projection, **_attention_weights(folder)}
+
+
+def _attention_weights(folder: Path) -> dict[str, torch.Tensor]:
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    weights = {}
     crossing = [name for name in unet.attn_processors if "attn2" in name]
     for place, name in enumerate(crossing):
         wide = unet.get_submodule(name.removesuffix(".processor")).to_k.out_features

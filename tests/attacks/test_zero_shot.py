@@ -71,3 +71,26 @@ def test_bad_options_and_missing_adapters_are_refused(model: Model, tmp_path: Pa
     with pytest.raises(BenchError, match="no photos"):
         ZeroShot().customise(ImageSet(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), ()), "person", model,
                              Context("key", tmp_path))
+
+
+def test_the_face_adapter_follows_the_faces(tiny_sd: Path, tmp_path: Path) -> None:
+    """With a recogniser of our own that finds a face everywhere, and one that finds none."""
+    one, two = (draw(ZeroShot(adapter="face"), photos(seed), with_face_adapter(tiny_sd, tmp_path / f"y{seed}", -100.0),
+                     tmp_path) for seed in (1, 2))
+    assert not torch.equal(one, two)
+    blind = with_face_adapter(tiny_sd, tmp_path / "n", 100.0)
+    one, two = (draw(ZeroShot(adapter="face"), photos(seed), blind, tmp_path) for seed in (1, 2))
+    assert torch.equal(one, two)
+
+
+def with_face_adapter(tiny_sd: Path, home: Path, threshold: float) -> Model:
+    import shutil
+
+    from bench.faces import FaceEncoder, FaceEncoderConfig, save_face_encoder
+    from bench.testing.pipelines import add_face_adapter
+
+    torch.manual_seed(0)
+    config = FaceEncoderConfig(widths=(4, 4), blocks=(1, 1), dimension=6, size=16, detection_threshold=threshold)
+    save_face_encoder(FaceEncoder(config), home / "face")
+    folder = Path(shutil.copytree(tiny_sd, home / "sd"))
+    return resolve(str(add_face_adapter(folder, str(home / "face"), 6)))
