@@ -78,8 +78,8 @@ def stages(result: Result) -> dict[str, list[bool]]:
 
 def fingerprint(store: Path, but: tuple[str, ...] = ("manifest.json",)) -> dict[str, str]:
     """Every artefact file's hash; manifests hold times."""
-    return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in sorted(store.rglob("*")) if path.is_file() and path.name not in but and "locks" not in path.parts}
+    files = [p for p in sorted(store.rglob("*")) if p.is_file() and p.name not in but and "locks" not in p.parts]
+    return {str(path.relative_to(store)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_a_cell_runs_to_a_record_with_rows_and_pictures(tiny_sd: Path, tmp_path: Path) -> None:
