@@ -137,16 +137,15 @@ def test_missing_weights_and_another_base_are_refused(tmp_path: Path, base: Mode
 def with_adapter(base: Model) -> Model:
     """A base with an image-prompt adapter beside it, in the format that ``bench.diffusion.checkpoints`` reads."""
     folder = base.base / "ip_adapter"
-    (folder / "enc").mkdir(parents=True)
-    (folder / "ip.safetensors").write_bytes(b"ip")
-    (folder / "adapters.json").write_text('{"*": {"ip_image": {"weight": "ip.safetensors", "image_encoder": "enc"}}}')
+    (folder / "image_encoder").mkdir(parents=True)
+    (folder / "ip-adapter_image.safetensors").write_bytes(b"ip")
     return base
 
 
 def test_a_published_adapter_stays_where_it_is(tmp_path: Path, with_adapter: Model) -> None:
     from dataclasses import replace
 
-    path = with_adapter.base / "ip_adapter" / "ip.safetensors"
+    path = with_adapter.base / "ip_adapter" / "ip-adapter_image.safetensors"
     model = replace(with_adapter, adapters=(Adapter("ip_image", path),))
     back = stored(ModelCodec(with_adapter), model, tmp_path / "artefact")
     assert back.adapters == (Adapter("ip_image", path.resolve()),)
