@@ -272,7 +272,9 @@ class Meter:
         return Cost(round(self.seconds, 3), round(self.peak, 1), self.device)
 
     def _cuda(self) -> bool:
-        return self.device.startswith("cuda") and "torch" in sys.modules
+        """Whether torch is loaded and has used the GPU in this process."""
+        torch = sys.modules.get("torch")
+        return self.device.startswith("cuda") and torch is not None and bool(torch.cuda.is_initialized())
 
 
 def _resident_peak() -> float:

@@ -263,6 +263,16 @@ def test_peak_memory_is_of_this_stage_alone() -> None:
     assert during - before > 60 and during - after > 60
 
 
+def test_a_gpu_that_is_not_there_breaks_no_bookkeeping() -> None:
+    import torch
+
+    if torch.cuda.is_initialized():
+        pytest.skip("this process has used a GPU")
+    cost = Meter("cuda:7").read()
+    assert cost.device == "cuda:7"
+    assert (cost.peak_mb or 0) > 0
+
+
 def test_a_shared_stage_counts_in_the_outer_cost_whoever_built_it(tmp_path: Path) -> None:
     def slow(ctx: Context) -> int:
         time.sleep(0.2)
