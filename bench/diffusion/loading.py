@@ -138,7 +138,8 @@ def _add_adapter(pipeline: Any, adapter: Adapter, model: Model, device: str) -> 
 
 def _add_lora(pipeline: Any, adapter: Adapter) -> None:
     name = f"lora_{len(pipeline.get_list_adapters())}"
-    pipeline.load_lora_weights(adapter.path.parent, weight_name=adapter.path.name, adapter_name=name)
+    with _quiet():  # diffusers warns of every component that the file has no weights for
+        pipeline.load_lora_weights(adapter.path.parent, weight_name=adapter.path.name, adapter_name=name)
     pipeline.set_adapters([name], [adapter.scale])
 
 
