@@ -14,7 +14,7 @@ demo: $(STAMP)
 
 # pytest stands last, so that its summary is the last line.
 test: $(TEST_STAMP) lint
-	$(RUN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(RUN)/python -m pytest -q -n 2
 
 lint: $(TEST_STAMP)
 	$(RUN)/ruff check .
