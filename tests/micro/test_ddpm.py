@@ -9,6 +9,8 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
+from bench.faces import recogniser
+from bench.micro import models
 from bench.micro.train import ddpm
 
 
@@ -76,3 +78,23 @@ def test_the_same_seed_gives_the_same_pictures() -> None:
     once, again = (ddpm.sample(unet, chain, start, seed=3) for _ in range(2))
     assert torch.equal(once, again)
     assert not torch.equal(once, ddpm.sample(unet, chain, start, seed=4))
+
+
+def test_the_coarse_error_weighs_every_scale_of_white_noise_alike() -> None:
+    torch.manual_seed(0)
+    white = torch.randn(400, 3, 32, 32)
+    assert float(ddpm.coarse_error(white, torch.ones(400))) == pytest.approx(4, rel=0.1)
+    flat = torch.full((2, 3, 32, 32), 0.1)
+    expected = 0.01 * (16 + 64 + 256 + 1024)
+    assert float(ddpm.coarse_error(flat, torch.tensor([1.0, 0.0]))) == pytest.approx(expected / 2, rel=1e-4)
+
+
+def test_the_shipped_model_draws_pictures_that_recognisers_take_for_different_faces() -> None:
+    unet, chain = ddpm.load(models.weights_folder(ddpm.NAME))
+    start = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(5))
+    pixels = ddpm.sample(unet, chain, start)
+    embeddings, found = recogniser("micro-face-3").embed(pixels)
+    assert float(found.float().mean()) >= 0.6
+    cosines = (embeddings @ embeddings.T)[torch.triu_indices(8, 8, 1).unbind()]
+    assert float(cosines.mean()) < 0.5
+'''
