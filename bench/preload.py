@@ -1,5 +1,6 @@
 """What every cell imports anyway: the fork server loads it once, so that a fresh cell starts in a moment."""
 
+# ruff: noqa: E402, F401
 import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises packages that are left out on purpose
@@ -8,4 +9,4 @@ import diffusers.pipelines.ddpm.pipeline_ddpm
 import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
 import peft
 import torch
-import transformers.models.clip.modeling_clip  # noqa: F401
+import transformers.models.clip.modeling_clip
