@@ -97,4 +97,3 @@ def test_the_shipped_model_draws_pictures_that_recognisers_take_for_different_fa
     assert float(found.float().mean()) >= 0.6
     cosines = (embeddings @ embeddings.T)[torch.triu_indices(8, 8, 1).unbind()]
     assert float(cosines.mean()) < 0.5
-'''
