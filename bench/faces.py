@@ -221,7 +221,8 @@ def _config_from(values: dict[str, Any], file: Path) -> FaceEncoderConfig:
         raise BenchError(
             f"face encoder: {file} has missing or unknown entries {wrong}; it needs {sorted(known)}."
         )
-    return FaceEncoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return FaceEncoderConfig(**options)
 
 
 def recogniser(name: str) -> FaceRecogniser:

@@ -77,7 +77,7 @@ def halved(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Means of 2x2 pixels, rounded: uint8 [n, 3, s, s] to uint8 [n, 3, s/2, s/2]."""
     n, c, h, w = pixels.shape
     sums = pixels.reshape(n, c, h // 2, 2, w // 2, 2).sum(axis=(3, 5), dtype=np.uint16)
-    return ((sums + 2) // 4).astype(np.uint8)
+    return np.asarray((sums + 2) // 4, dtype=np.uint8)
 
 
 def coarse_error(error: Tensor, share: Tensor) -> Tensor:
@@ -106,13 +106,16 @@ def noise_loss(unet: UNet2DModel, scheduler: DDPMScheduler, clean: Tensor, coars
     with torch.autocast("cpu", dtype=torch.bfloat16):
         guess = unet(scheduler.add_noise(clean, noise, t), t).sample
     error = guess.float() - noise
-    return error.square().mean() + coarse * coarse_error(error, 1 - scheduler.alphas_cumprod[t])
+    rough: Tensor = coarse_error(error, 1 - scheduler.alphas_cumprod[t])
+    return error.square().mean() + coarse * rough
 
 
 def export(unet: UNet2DModel, folder: Path) -> None:
     """Write a DDPMPipeline folder with half-precision safetensors."""
     half = copy.deepcopy(unet).half()
     DDPMPipeline(half, new_scheduler()).save_pretrained(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
 
 
 def train(recipe: Recipe = RECIPE) -> None:

@@ -346,7 +346,7 @@ def train(which: str) -> None:
     recipe = RECIPES[which]
     torch.manual_seed(recipe.schedule.seed)
     data = _pictures(recipe)
-    trainee = Trainee(recipe).to(memory_format=torch.channels_last)
+    trainee = Trainee(recipe).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def loss_of(rng: np.random.Generator, step: int) -> tuple[Tensor, dict[str, float]]:
         # A margin from the first step on keeps a small network from finding the classes at all.
