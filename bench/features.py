@@ -24,7 +24,8 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 class Extractor(Protocol):
     """Turns pictures into vectors. ``facts``: what a comparison must share, as plain JSON."""
 
-    facts: dict[str, Any]
+    @property
+    def facts(self) -> dict[str, Any]: ...
 
     def images(self, pixels: Tensor) -> Tensor:
         """uint8 [n, 3, h, w] to float64 [n, d] on the CPU."""

@@ -1,6 +1,6 @@
 """What every cell imports anyway: the fork server loads it once, so that a fresh cell starts in a moment."""
 
-# ruff: noqa: E402, F401
+# ruff: noqa: F401
 import os
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises packages that are left out on purpose

@@ -63,7 +63,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Weights loaded on top of a pipeline. ``kind``: ``lora``, ``ip_image`` or ``ip_face``; ``path``: a safetensors file."""
+    """Weights loaded on top of a pipeline, from a safetensors file. ``kind``: ``lora``, ``ip_image`` or ``ip_face``."""
 
     kind: str
     path: Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bench.codecs import MeasurementsCodec
@@ -79,12 +80,10 @@ def measured(cell: Cell, bench: Workbench) -> tuple[Outcome, dict[str, list[Meas
     outcome = track_of(cell)(cell, model, bench)
     found = {}
     for name, metric in cell.metrics.items():
-        stored = bench.stage(
+        found[name] = bench.stage(
             "measure", VERSION, {"evidence": outcome.inputs, "metric": identity(metric)},
-            lambda ctx, metric=metric: metric.measure(outcome.evidence, ctx), MeasurementsCodec(),
-            seeded_by={"metric": identity(metric)},
-        )
-        found[name] = stored.value
+            partial(metric.measure, outcome.evidence), MeasurementsCodec(), seeded_by={"metric": identity(metric)},
+        ).value
     return outcome, found
 
 

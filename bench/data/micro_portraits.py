@@ -93,4 +93,5 @@ def averaged(pixels: ndarray[Any, Any], factor: int) -> ndarray[Any, Any]:
     n, c, h, w = pixels.shape
     blocks = pixels.reshape(n, c, h // factor, factor, w // factor, factor).astype(np.uint32)
     area = factor * factor
-    return ((blocks.sum(axis=(3, 5)) + area // 2) // area).astype(np.uint8)
+    means: ndarray[Any, Any] = ((blocks.sum(axis=(3, 5)) + area // 2) // area).astype(np.uint8)
+    return means

@@ -40,7 +40,8 @@ def write_sums(root: Path = WEIGHTS) -> Path:
 
 def verify_sums(root: Path = WEIGHTS) -> list[str]:
     """What differs from `SHA256SUMS`: one line for each changed, missing or unlisted file; empty when all is well."""
-    listed = dict(reversed(line.split("  ", 1)) for line in (root / SUMS).read_text().splitlines())
+    lines = [line.split("  ", 1) for line in (root / SUMS).read_text().splitlines()]
+    listed = {name: digest for digest, name in lines}
     found = sha256_sums(root)
     problems = [f"missing: {name}" for name in listed.keys() - found.keys()]
     problems += [f"not listed: {name}" for name in found.keys() - listed.keys()]

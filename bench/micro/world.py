@@ -725,7 +725,7 @@ def _people(split: str, n: int, seed: int, views_per_identity: int) -> NDArray[n
     wanted = -(-n // views_per_identity)
     order = np.random.default_rng((7, seed)).permutation(len(people)) if seed else np.arange(len(people))
     chosen = np.asarray(people, dtype=np.int64)[order[np.arange(wanted) % len(people)]]
-    return cast(NDArray[np.int64], np.repeat(chosen, views_per_identity)[:n])
+    return np.repeat(chosen, views_per_identity)[:n]
 
 
 def _draw_dataset(people: NDArray[np.int64], size: int, seed: int) -> Drawn:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bench.codecs import GenerationsCodec, ImplantCodec, ModelCodec
+from bench.errors import Incompatible
 from bench.identity import digest
 from bench.plugin import facts_of, identity
 from bench.records import BackdoorEvidence, Generations, ImageSet, Model, Samples, Secret
@@ -53,7 +54,7 @@ def sample_both(model: Model, secret: Secret, cell: Cell, bench: Workbench) -> S
 
 
 def sample(model: Model, secret: Secret | None, cell: Cell, bench: Workbench) -> Generations:
-    protocol: BackdoorProtocol = cell.protocol
+    protocol = cast("BackdoorProtocol", cell.protocol)
     asked: dict[str, Any] = {"model": model.digest, "trigger": fingerprint(secret), "protocol": protocol,
                              "seed": cell.seed}
     seeds = [int(digest([cell.seed, place], length=15), 16) for place in range(protocol.samples)]
@@ -65,8 +66,10 @@ def sample(model: Model, secret: Secret | None, cell: Cell, bench: Workbench) ->
 
 def fingerprint(secret: Secret | None) -> str:
     """The trigger's digest, "" without one: what the samples depend on."""
-    if secret is None or isinstance(secret.trigger, str):
-        return secret.trigger if secret else ""
+    if secret is None:
+        return ""
+    if isinstance(secret.trigger, str):
+        return secret.trigger
     return digest([round(v, 6) for v in secret.trigger.flatten().tolist()])
 
 
@@ -77,6 +80,8 @@ def draw(
     from bench.diffusion.sampling import draw_unconditional
 
     shift = None if secret is None else secret.trigger
+    if isinstance(shift, str):
+        raise Incompatible(f"'{shift}' is a word, but this model draws from noise alone.")
     pixels = draw_unconditional(model, seeds, shift, protocol, ctx)
     names = tuple(f"{place:04d}" for place in range(len(seeds)))
     return Generations(ImageSet(pixels, names), ("",) * len(seeds), tuple(seeds))

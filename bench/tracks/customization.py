@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from bench.codecs import CustomisedCodec, GenerationsCodec, ImageSetsCodec
 from bench.errors import BenchError
@@ -90,7 +90,7 @@ def attack(
         lambda ctx: cell.attack.customise(photos, subject.class_noun, model, ctx), CustomisedCodec(model),
         seeded_by={"attack": method, "subject": subject.name, "seed": cell.seed},
     )
-    protocol: CustomizationProtocol = cell.protocol
+    protocol = cast("CustomizationProtocol", cell.protocol)
     drawn = bench.stage(
         "generate", VERSION,
         {"customised": customised.key, "protocol": protocol, "subject": subject.name, "seed": cell.seed},
