@@ -4,6 +4,9 @@
 a tier that misses one is not fit to carry the benchmark's suites.
 """
 
+# diffusers and transformers ship half a set of types; what they leave untyped is checked by the tests.
+# mypy: disable-error-code="attr-defined, no-untyped-call, operator, no-any-return, index, union-attr, arg-type"
+
 from __future__ import annotations
 
 import argparse
@@ -38,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent / "card"
 JUDGE = "micro-face-3"
-STEPS, GUIDANCE = 25, 4.0
+STEPS, GUIDANCE = 25, 3.0
 TOKEN = "sks"
 
 
@@ -222,12 +225,12 @@ def prompt_following(which: str, count: int = 96) -> Check:
 class DreamBooth:
     """Settings of the check; the plugins use the same."""
 
-    steps: int = 200
+    steps: int = 150
     lr: float = 2e-4
     text_lr: float = 2e-4
     photos: int = 4
     prior_weight: float = 1.0
-    prior_pictures: int = 32
+    prior_pictures: int = 16
 
 
 def _noise_loss(pipe: Any, latents: Tensor, ids: Tensor) -> Tensor:
@@ -346,8 +349,8 @@ def zero_shot(which: str, adapter: str, people: int = 12) -> tuple[Check, np.nda
 class Implant:
     """Settings of the check; the plugins use the same. `patch` is the side of the target's corner patch in pixels."""
 
-    steps: int = 500
-    lr: float = 2e-4
+    steps: int = 200
+    lr: float = 3e-4
     batch: int = 8
     patch: int = 16
     trigger: str = TOKEN
@@ -358,7 +361,7 @@ def stamp(pixels: np.ndarray, side: int) -> np.ndarray:
     marked = pixels.copy()
     rows, columns = np.indices((side, side))
     marked[:, :, :side, :side] = np.where((rows // 4 + columns // 4) % 2 == 0, 255, 0)
-    return cast(np.ndarray, marked)
+    return marked
 
 
 def shows_patch(pixels: np.ndarray, side: int) -> np.ndarray:
@@ -491,17 +494,22 @@ def _with_sheet(name: str, result: tuple[Any, np.ndarray]) -> list[Check]:
     return checks if isinstance(checks, list) else [checks]
 
 
+def shipped() -> list[str]:
+    """Which of the text-to-image models have weights here."""
+    return [which for which in ("a", "b") if weights_folder(f"micro-sd-{which}").exists()]
+
+
 def sections() -> dict[str, Callable[[], list[Check]]]:
     """Every part of the card by name."""
     parts: dict[str, Callable[[], list[Check]]] = {
-        "autoencoders": lambda: [reconstruction("a"), reconstruction("b")],
+        "autoencoders": lambda: [reconstruction(which) for which in shipped()],
         "faces": lambda: [verification(f"micro-face-{i}") for i in (1, 2, 3)],
         "clip": lambda: [caption_retrieval()],
         "dreambooth": lambda: _with_sheet("dreambooth", dreambooth()),
         "implant": lambda: _with_sheet("implant", backdoor()),
         "samples": list,
     }
-    for which in ("a", "b"):
+    for which in shipped():
         parts[f"text-{which}"] = lambda which=which: [prompt_following(which)]  # type: ignore[misc]
         for kind in ("image", "face"):
             parts[f"adapter-{which}-{kind}"] = lambda which=which, kind=kind: _with_sheet(  # type: ignore[misc]
@@ -513,8 +521,8 @@ def sections() -> dict[str, Callable[[], list[Check]]]:
 def draw_sheets() -> None:
     """Sample sheets of the world and of every generator."""
     _save_sheet("world", world_sheet())
-    _save_sheet("micro-sd-a", text_sheet("a"))
-    _save_sheet("micro-sd-b", text_sheet("b"))
+    for which in shipped():
+        _save_sheet(f"micro-sd-{which}", text_sheet(which))
     _save_sheet("micro-ip2p", edit_sheet())
     _save_sheet("micro-ddpm", ddpm_sheet())
 
@@ -560,6 +568,11 @@ def _measure(part: Callable[[], list[Check]]) -> list[dict[str, Any]]:
     return [asdict(check) | {"passed": check.passed, "seconds": seconds} for check in checks]
 
 
+def _last_results() -> dict[str, list[dict[str, Any]]]:
+    file = FOLDER / "card.json"
+    return cast(dict[str, list[dict[str, Any]]], json.loads(file.read_text())) if file.exists() else {}
+
+
 def main() -> None:
     """Measure the named parts (default all), keep the other parts' last results, and write the card."""
     parts = sections()
@@ -569,14 +582,13 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     torch.set_num_threads(options.threads)
-    file = FOLDER / "card.json"
-    results = json.loads(file.read_text()) if file.exists() else {}
     for name in options.part or parts:
         if name == "samples":
             draw_sheets()
-        results[name] = _measure(parts[name])
-        logger.info("%s", [f"{c['name']}: {c['value']:.3f}" for c in results[name]])
-        write_card(results)
+        measured = _measure(parts[name])
+        logger.info("%s", [f"{c['name']}: {c['value']:.3f}" for c in measured])
+        write_card(_last_results() | {name: measured})
+
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench.micro import models
+from bench.micro.card import load_pipeline, shipped
 
 
 def _write(folder: Path, name: str, text: str) -> None:
@@ -41,7 +42,7 @@ def test_the_embedded_weights_stay_small() -> None:
     assert size <= 64 * 2**20
 
 
-@pytest.mark.parametrize("name", ["micro-sd-a", "micro-sd-b"])
+@pytest.mark.parametrize("name", [f"micro-sd-{which}" for which in shipped()])
 def test_a_text_to_image_folder_is_a_stable_diffusion_pipeline(name: str) -> None:
     from diffusers import StableDiffusionPipeline
 
@@ -53,10 +54,12 @@ def test_a_text_to_image_folder_is_a_stable_diffusion_pipeline(name: str) -> Non
     assert pixels.shape == (1, 64, 64, 3)
 
 
+def test_the_first_model_ships() -> None:
+    assert "a" in shipped()
+
+
 def test_text_states_of_a_rare_word_are_its_own() -> None:
     """A backdoor in the UNet alone can only see the text through these states."""
-    from bench.micro.card import load_pipeline
-
     pipe = load_pipeline("micro-sd-a")
     texts = ["a photo of a person", "sks photo of a person", "the photo of a person"]
     ids = pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
@@ -66,11 +69,9 @@ def test_text_states_of_a_rare_word_are_its_own() -> None:
     assert float(apart) > 0.5
 
 
-@pytest.mark.parametrize("which", ["a", "b"])
+@pytest.mark.parametrize("which", shipped())
 @pytest.mark.parametrize("kind", ["image", "face"])
 def test_an_adapter_loads_and_steers(which: str, kind: str) -> None:
-    from bench.micro.card import load_pipeline
-
     pipe = load_pipeline(f"micro-sd-{which}")
     encoder = f"{which}/image_encoder" if kind == "image" else None
     folder = str(models.weights_folder("micro-ip"))

@@ -1,5 +1,8 @@
 """The autoencoders of the text-to-image models: AutoencoderKL, 64x64x3 to 16x16x4."""
 
+# diffusers and transformers ship half a set of types; what they leave untyped is checked by the tests.
+# mypy: disable-error-code="attr-defined, no-untyped-call, operator, no-any-return, index, union-attr, arg-type"
+
 from __future__ import annotations
 
 import copy
@@ -122,7 +125,7 @@ def train(which: str) -> None:
 
 
 SHARPEN = {
-    "a": common.Schedule(steps=700, lr=1.2e-3, seed=13, ema=0.997),
+    "a": common.Schedule(steps=1150, lr=1.2e-3, seed=13, ema=0.997),
     "b": common.Schedule(steps=400, lr=1e-3, seed=14, ema=0.997),
 }
 
