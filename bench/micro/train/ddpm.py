@@ -106,8 +106,8 @@ def noise_loss(unet: UNet2DModel, scheduler: DDPMScheduler, clean: Tensor, coars
     with torch.autocast("cpu", dtype=torch.bfloat16):
         guess = unet(scheduler.add_noise(clean, noise, t), t).sample
     error = guess.float() - noise
-    rough: Tensor = coarse_error(error, 1 - scheduler.alphas_cumprod[t])
-    return error.square().mean() + coarse * rough
+    loss: Tensor = error.square().mean() + coarse * coarse_error(error, 1 - scheduler.alphas_cumprod[t])
+    return loss
 
 
 def export(unet: UNet2DModel, folder: Path) -> None:
