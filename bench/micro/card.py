@@ -464,6 +464,30 @@ def edit_sheet() -> np.ndarray:
     return np.concatenate(rows)
 
 
+def instructions(people: int = 6) -> Check:
+    """How often the edited attribute reads as asked, over four instructions; read by linear probes on micro-clip."""
+    pipe = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        weights_folder("micro-ip2p"), torch_dtype=torch.float32
+    )
+    pipe.set_progress_bar_config(disable=True)
+    (model, _), readers, data, shares = _clip(), attribute_readers(), card_pictures(), {}
+    for name in ("add glasses", "make the hair red", "make the background blue", "add a beard"):
+        edit = world.EDITS[name]
+        hair = edit.field == "hair_colour"
+        rows = [
+            row
+            for row in range(0, len(data.pixels), 8)
+            if data.attributes[row][edit.field] != edit.value
+            and not (hair and data.attributes[row]["hair_style"] == "bald")
+        ]
+        pictures = _signed(data.pixels[rows[:people]]) / 2 + 0.5
+        edited = sample(pipe, [name] * people, seed=2, image=pictures, image_guidance_scale=1.5)
+        seen = readers[edit.field](_image_features(model, edited))
+        shares[name] = float(np.mean([value == edit.value for value in seen]))
+    note = ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+    return Check("micro-ip2p: edits that read as asked", float(np.mean(list(shares.values()))), 0.5, True, note)
+
+
 def ddpm_sheet() -> np.ndarray:
     """32 samples of micro-ddpm."""
     pipe = DDPMPipeline.from_pretrained(weights_folder("micro-ddpm"))
@@ -507,6 +531,7 @@ def sections() -> dict[str, Callable[[], list[Check]]]:
         "clip": lambda: [caption_retrieval()],
         "dreambooth": lambda: _with_sheet("dreambooth", dreambooth()),
         "implant": lambda: _with_sheet("implant", backdoor()),
+        "instructions": lambda: [instructions()],
         "samples": list,
     }
     for which in shipped():
