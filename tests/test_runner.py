@@ -21,6 +21,7 @@ from bench.config import Cell, Settings, Tracker
 from bench.data.micro_portraits import MicroPortraits
 from bench.data.micro_subjects import MicroSubjects
 from bench.diffusion.checkpoints import resolve
+from bench.launcher import Pool
 from bench.plugin import Facts
 from bench.protocols import BackdoorProtocol, CustomizationProtocol
 from bench.records import Budget
@@ -117,6 +118,14 @@ def test_the_same_seed_gives_the_same_bits_in_any_order(tiny_sd: Path, small_ddp
         for cell in order:
             assert run_cell(cell, settings(tmp_path / name)).status == "ok"
     assert fingerprint(tmp_path / "one/store") == fingerprint(tmp_path / "two/store")
+
+
+def test_two_workers_give_the_bits_of_one(tiny_sd: Path, tmp_path: Path) -> None:
+    cells = [customization(tiny_sd, Noise(eps=eps), id=f"{eps:016d}") for eps in (4, 8)]
+    for workers in (1, 2):
+        ended = Pool(settings(tmp_path / str(workers)), workers).run(cells, lambda ended, left: None)
+        assert {one.status for one in ended} == {"ok"}
+    assert fingerprint(tmp_path / "1/store") == fingerprint(tmp_path / "2/store")
 
 
 def test_another_seed_gives_other_bits(tiny_sd: Path, tmp_path: Path) -> None:
