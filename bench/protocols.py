@@ -39,8 +39,9 @@ class CustomizationProtocol:
 class BackdoorProtocol:
     """How models are sampled, without and with the trigger. ``samples``: images per model, from the same seeds.
 
-    ``clip``: clip the estimate of the clean image to [-1, 1] at every step. Backdoor papers sample without it, for it
-    is itself a mitigation; published checkpoints' own configs often have it on.
+    ``steps``: of the sampler; a model whose chain is shorter is sampled over its whole chain. ``clip``: clip the
+    estimate of the clean image to [-1, 1] at every step. Backdoor papers sample without it, for it is itself a
+    mitigation; published checkpoints' own configs often have it on.
     """
 
     samples: int = 128
