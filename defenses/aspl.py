@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from bench.errors import BenchError, unknown
+from bench.errors import unknown
 from bench.plugin import plugin
 from bench.records import Budget
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bench.context import Context
-    from bench.diffusion.finetuning import Examples, Surrogate
+    from bench.diffusion.finetuning import Surrogate
     from bench.diffusion.loading import Components
+    from bench.diffusion.surrogates import Studio, Teaching
     from bench.records import ImageSet, Model, Subject
 
 
@@ -76,13 +77,15 @@ class Aspl:
     variant: Variant = Variant.described
 
     def __post_init__(self) -> None:
+        from bench.options import require
+
         Budget(self.eps)
         for name in ("alpha_255", "lr"):
-            _require(name, getattr(self, name), 0, exclusive=True)
+            require(name, getattr(self, name), 0, exclusive=True)
         for name in ("outer_steps", "surrogate_steps", "pgd_steps", "prior_weight"):
-            _require(name, getattr(self, name), 0)
+            require(name, getattr(self, name), 0)
         for name in ("batch", "class_images", "class_steps", "pgd_batch"):
-            _require(name, getattr(self, name), 1)
+            require(name, getattr(self, name), 1)
         try:
             self.variant = Variant(self.variant)
         except ValueError:
@@ -93,44 +96,38 @@ class Aspl:
 
     def protect(self, subjects: Sequence[Subject], model: Model, ctx: Context) -> list[ImageSet]:
         """Set B of each subject, each from a surrogate that starts at the published weights."""
-        studio = open_studio(self, model, ctx)
-        return [self._protect(s, studio, ctx) for s in ctx.track(subjects, "aspl", len(subjects))]
+        from bench.diffusion.surrogates import protect_each
 
-    def _protect(self, subject: Subject, studio: Studio, ctx: Context) -> ImageSet:
-        from bench.diffusion.finetuning import check_photos
-        from bench.diffusion.images import quantise_within, to_float
+        pair = open_pair(self, model, ctx)
+        return protect_each(subjects, self.budget(), model, ctx, "aspl", lambda s, x: alternate(self, s, x, pair, ctx))
 
-        for photos in (subject.clean, subject.published):
-            check_photos(photos, studio.model, f"defense aspl, {subject.name}")
-        x = to_float(subject.published.pixels).to(ctx.device)
-        perturbed = alternate(self, subject, x, studio, ctx)
-        return replace(subject.published, pixels=quantise_within(subject.published.pixels, perturbed, self.budget()))
+    def teaching(self) -> Teaching:
+        from bench.diffusion.surrogates import Teaching
 
-
-def _require(name: str, value: float, low: float, exclusive: bool = False) -> None:
-    if value < low or (exclusive and value == low):
-        bound = "more than" if exclusive else "at least"
-        raise BenchError(f"defense.{name}={value} is out of range; give {bound} {low}.")
+        clip = 1.0 if self.variant is Variant.described else None
+        return Teaching(self.lr, self.batch, self.prior_weight, self.class_images, self.class_steps,
+                        self.train_text_encoder, self.token, clip)
 
 
 @dataclass
-class Studio:
-    """Everything that the subjects of one run share. ``theta``, ``copy``: the surrogate and its copy, resident for the
-    whole run; ``start``: the published weights that both begin with."""
+class Pair:
+    """``theta``, ``copy``: the surrogate and its copy, resident for the whole run; ``start``: the published weights
+    that both begin with."""
 
-    model: Model
-    components: Components
+    studio: Studio
     theta: Surrogate
     copy: Surrogate
     start: list[Tensor]
-    priors: dict[tuple[str, int], Examples]
 
 
-def open_studio(method: Aspl, model: Model, ctx: Context) -> Studio:
+def open_pair(method: Aspl, model: Model, ctx: Context) -> Pair:
     """Load the model twice, in the variant's precision."""
-    components = load(method, model, ctx)
-    theta, copy = new_surrogate(method, components), new_surrogate(method, load(method, model, ctx))
-    return Studio(model, components, theta, copy, [p.detach().clone() for p in theta.parameters], {})
+    from bench.diffusion.surrogates import Studio, weights_of
+
+    fused = method.variant is Variant.described
+    studio = Studio(model, method.teaching(), ctx, load(method, model, ctx), fused)
+    theta = studio.surrogate(studio.components)
+    return Pair(studio, theta, studio.surrogate(load(method, model, ctx)), weights_of(theta))
 
 
 def load(method: Aspl, model: Model, ctx: Context) -> Components:
@@ -150,107 +147,35 @@ def load(method: Aspl, model: Model, ctx: Context) -> Components:
     return replace(components, **half)
 
 
-def new_surrogate(method: Aspl, components: Components) -> Surrogate:
-    from bench.diffusion.finetuning import Surrogate
-
-    described = method.variant is Variant.described
-    return Surrogate(components, method.lr, 1.0 if described else None, method.train_text_encoder, fused=described)
-
-
-def alternate(method: Aspl, subject: Subject, x: Tensor, studio: Studio, ctx: Context) -> Tensor:
-    """Photos ``x`` [n, 3, h, w] in [-1, 1] after the whole alternation, within the budget; floats.
-
-    All randomness comes from the subject's own generator, so neither order nor company of subjects matters.
-    """
-    from bench.diffusion.finetuning import encode_images, instance_prompt
-    from bench.diffusion.losses import tokenise
-
-    generator = ctx.generator(subject.name)
-    ids = tokenise(studio.components.tokenizer, [instance_prompt(method.token, subject.class_noun)])
-    prior = class_examples(method, subject, studio, ctx)
-    clean = new_lesson(method, encode_images(studio.components.vae, subject.clean), ids, prior, generator)
-    studio.theta.copy_from(studio.start)
+def alternate(method: Aspl, subject: Subject, x: Tensor, pair: Pair, ctx: Context) -> Tensor:
+    """Photos ``x`` [n, 3, h, w] in [-1, 1] after the whole alternation, within the budget; floats."""
+    studio, generator = pair.studio, ctx.generator(subject.name)
+    ids, clean = studio.ids(subject), studio.clean_lesson(subject, generator)
+    pair.theta.copy_from(pair.start)
     perturbed = x
     for step in range(method.outer_steps):
-        studio.copy.copy_from(studio.theta.parameters)                        # theta' <- theta
-        studio.copy.learn(clean, method.surrogate_steps)                      # theta' down L_db(theta', A)
-        perturbed = raise_loss(method, studio, perturbed, x, ids, generator)  # B up L_ldm(B, theta')
-        lesson = new_lesson(method, encode_floats(studio, perturbed), ids, prior, generator)
-        studio.theta.learn(lesson, method.surrogate_steps)                    # theta down L_db(theta, B)
+        pair.copy.copy_from(pair.theta.parameters)                            # theta' <- theta
+        pair.copy.learn(clean, method.surrogate_steps)                        # theta' down L_db(theta', A)
+        perturbed = raise_loss(method, pair, perturbed, x, ids, generator)    # B up L_ldm(B, theta')
+        lesson = studio.lesson(subject, studio.encode(perturbed), generator)
+        pair.theta.learn(lesson, method.surrogate_steps)                      # theta down L_db(theta, B)
         ctx.progress(f"aspl {subject.name}", step + 1, method.outer_steps)
     return perturbed
 
 
-def class_examples(method: Aspl, subject: Subject, studio: Studio, ctx: Context) -> Examples | None:
-    """Latents and prompt of the class images, encoded once per class and size."""
-    from bench.diffusion.finetuning import Prior, class_images, class_prompt, examples
-
-    if method.prior_weight == 0:
-        return None
-    noun, size = subject.class_noun, subject.published.pixels.shape[-1]
-    if (noun, size) not in studio.priors:
-        images = class_images(studio.model, noun, Prior(method.class_images, method.class_steps), size, ctx)
-        studio.priors[noun, size] = examples(studio.components, images, class_prompt(noun))
-    return studio.priors[noun, size]
-
-
-def new_lesson(method: Aspl, latents: Any, ids: Tensor, prior: Examples | None, generator: torch.Generator) -> Any:
-    from bench.diffusion.finetuning import Examples, Lesson
-
-    return Lesson(Examples(latents, ids), prior, method.batch, method.prior_weight, generator)
-
-
-def encode_floats(studio: Studio, x: Tensor) -> Any:
-    """The latents of photos in [-1, 1]; no gradient."""
-    import torch
-
-    from bench.diffusion.losses import latent_distribution
-
-    with torch.no_grad():
-        return latent_distribution(studio.components.vae, x)
-
-
 def raise_loss(
-    method: Aspl, studio: Studio, x: Tensor, origin: Tensor, ids: Tensor, generator: torch.Generator,
+    method: Aspl, pair: Pair, x: Tensor, origin: Tensor, ids: Tensor, generator: torch.Generator,
 ) -> Tensor:
     """``pgd_steps`` steps x <- Pi_eps(x + alpha * sign(grad_x L_ldm(x; theta', c)))."""
     import torch
 
     from bench.diffusion.projected_gradient import ascend
+    from bench.diffusion.surrogates import denoising_losses, draw, pixel_gradient
 
+    vae, unet, scheduler = pair.studio.vae, pair.copy.unet, pair.copy.scheduler
     with torch.no_grad():
-        states = studio.copy.states(ids)
+        states = pair.copy.states(ids)
     for _ in range(method.pgd_steps):
-        gradient = loss_gradient(studio, x, states, generator, method.pgd_batch)
-        x = ascend(x, origin, gradient, method.alpha_255, method.eps)
+        losses = denoising_losses(vae, unet, scheduler, states, draw(vae, scheduler, x, generator))
+        x = ascend(x, origin, pixel_gradient(x, losses, method.pgd_batch), method.alpha_255, method.eps)
     return x
-
-
-def loss_gradient(studio: Studio, x: Tensor, states: Tensor, generator: torch.Generator, batch: int) -> Tensor:
-    """d/dx of each photo's own L_ldm under the copy, [n, 3, h, w]. All noise is drawn before the first batch."""
-    import torch
-
-    from bench.diffusion.losses import draw_timesteps, latent_distribution, noise_prediction_errors, normal
-    from bench.diffusion.sampling import chunks
-
-    shape = (len(x), *latent_shape(studio, x))
-    posterior, noise = (normal(shape, generator, states) for _ in range(2))
-    timesteps = draw_timesteps(studio.copy.scheduler, len(x), generator)
-    gradients = []
-    for part in chunks(len(x), batch):
-        pixels = x[part].detach().requires_grad_(True)
-        found = latent_distribution(studio.components.vae, pixels)
-        latents = found.mean + found.std * posterior[part]
-        errors = noise_prediction_errors(
-            studio.copy.unet, studio.copy.scheduler, latents, states.expand(len(pixels), -1, -1), generator=generator,
-            timesteps=timesteps[part], noise=noise[part],
-        )
-        gradients.append(torch.autograd.grad(errors.sum(), pixels)[0])
-    return torch.cat(gradients)
-
-
-def latent_shape(studio: Studio, x: Tensor) -> tuple[int, int, int]:
-    """Channels, height and width of the latents of photos ``x``."""
-    config = studio.components.vae.config
-    factor = 2 ** (len(config.block_out_channels) - 1)
-    return config.latent_channels, x.shape[2] // factor, x.shape[3] // factor

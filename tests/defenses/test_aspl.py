@@ -14,13 +14,13 @@ from torch import Tensor
 
 from bench.context import Context
 from bench.diffusion.checkpoints import resolve
-from bench.diffusion.finetuning import encode_images
 from bench.diffusion.images import to_float
 from bench.diffusion.loading import load_components
 from bench.diffusion.losses import latent_distribution, noise_prediction_loss, tokenise
+from bench.diffusion.surrogates import denoising_losses, draw, pixel_gradient
 from bench.errors import BenchError
 from bench.records import ImageSet, Model, Subject
-from defenses.aspl import Aspl, Studio, Variant, class_examples, loss_gradient, new_lesson, open_studio, raise_loss
+from defenses.aspl import Aspl, Pair, Variant, open_pair, raise_loss
 from defenses.noise import SignNoise
 
 FEW: dict[str, Any] = {"outer_steps": 2, "class_images": 3, "class_steps": 1}
@@ -46,8 +46,8 @@ def ctx(tmp_path: Path) -> Context:
     return Context("key", tmp_path)
 
 
-def prompt_ids(studio: Studio) -> Tensor:
-    return tokenise(studio.components.tokenizer, ["a photo of sks person"])
+def prompt_ids(pair: Pair) -> Tensor:
+    return tokenise(pair.studio.components.tokenizer, ["a photo of sks person"])
 
 
 @pytest.mark.parametrize("eps", [0, 1, 6.375, 16, 255])
@@ -66,13 +66,14 @@ def test_the_saved_files_are_within_the_budget(
 @pytest.mark.parametrize("variant", list(Variant))
 def test_the_noise_prediction_loss_moves_pixels(variant: Variant, model: Model, ctx: Context) -> None:
     """Its gradient is not zero on any photo, and one step follows its sign."""
-    studio = open_studio(Aspl(variant=variant), model, ctx)
+    pair = open_pair(Aspl(variant=variant), model, ctx)
     x = to_float(subject("ada").published.pixels)
-    states = studio.copy.states(prompt_ids(studio))
-    gradient = loss_gradient(studio, x, states, torch.Generator().manual_seed(1), 4)
+    states, vae = pair.copy.states(prompt_ids(pair)), pair.studio.vae
+    draws = draw(vae, pair.copy.scheduler, x, torch.Generator().manual_seed(1))
+    gradient = pixel_gradient(x, denoising_losses(vae, pair.copy.unet, pair.copy.scheduler, states, draws), 4)
     assert torch.all(gradient.abs().amax((1, 2, 3)) > 0)
     method = Aspl(pgd_steps=1, alpha_255=2, eps=16, variant=variant)
-    moved = raise_loss(method, studio, x, x, prompt_ids(studio), torch.Generator().manual_seed(1))
+    moved = raise_loss(method, pair, x, x, prompt_ids(pair), torch.Generator().manual_seed(1))
     inside = (x.abs() < 0.95) & (gradient != 0)
     assert torch.allclose((moved - x)[inside], (gradient.sign() * 4 / 255)[inside], atol=1e-6)
 
@@ -110,14 +111,12 @@ def test_the_objective_rises_more_than_under_noise(model: Model, ctx: Context) -
 
 def moved_share(method: Aspl, model: Model, ctx: Context) -> list[float]:
     """Share of the weights that change in one block of surrogate steps: of the copy, and of theta."""
-    studio, ada = open_studio(method, model, ctx), subject("ada")
-    prior = class_examples(method, ada, studio, ctx)
-    lesson = new_lesson(method, encode_images(studio.components.vae, ada.clean), prompt_ids(studio), prior,
-                        torch.Generator().manual_seed(0))
+    pair, ada = open_pair(method, model, ctx), subject("ada")
+    lesson = pair.studio.clean_lesson(ada, torch.Generator().manual_seed(0))
     shares = []
-    for surrogate in (studio.copy, studio.theta):
+    for surrogate in (pair.copy, pair.theta):
         surrogate.learn(lesson, method.surrogate_steps)
-        pairs = [(a, b) for a, b in zip(surrogate.parameters, studio.start) if b.abs().max() > 0]
+        pairs = [(a, b) for a, b in zip(surrogate.parameters, pair.start) if b.abs().max() > 0]
         changed = sum(int((a != b).sum()) for a, b in pairs)
         shares.append(changed / sum(a.numel() for a, _ in pairs))
     return shares
@@ -133,11 +132,11 @@ def test_released_surrogates_hardly_move_at_the_published_rate(model: Model, ctx
 
 
 def test_clipping_limits_the_described_surrogate_only(model: Model, ctx: Context) -> None:
-    studios = {v: open_studio(Aspl(variant=v), model, ctx) for v in Variant}
-    assert studios[Variant.described].theta.clip == 1.0
-    assert studios[Variant.released].theta.clip is None
-    assert {p.dtype for p in studios[Variant.described].theta.parameters} == {torch.float32}
-    assert {p.dtype for p in studios[Variant.released].theta.parameters} == {torch.bfloat16}
+    pairs = {v: open_pair(Aspl(variant=v), model, ctx) for v in Variant}
+    assert pairs[Variant.described].theta.clip == 1.0
+    assert pairs[Variant.released].theta.clip is None
+    assert {p.dtype for p in pairs[Variant.described].theta.parameters} == {torch.float32}
+    assert {p.dtype for p in pairs[Variant.released].theta.parameters} == {torch.bfloat16}
 
 
 def test_neither_order_company_nor_batch_matters(model: Model, ctx: Context) -> None:
@@ -160,13 +159,10 @@ def test_the_same_key_gives_the_same_bits_and_another_key_others(model: Model, c
 
 
 def test_a_frozen_text_encoder_stays(model: Model, ctx: Context) -> None:
-    studio = open_studio(Aspl(train_text_encoder=False, lr=1e-2), model, ctx)
-    before = [p.clone() for p in studio.copy.text_encoder.parameters()]
-    method, ada = Aspl(train_text_encoder=False, lr=1e-2, prior_weight=0), subject("ada")
-    lesson = new_lesson(method, encode_images(studio.components.vae, ada.clean), prompt_ids(studio), None,
-                        torch.Generator().manual_seed(0))
-    studio.copy.learn(lesson, 1)
-    assert all(torch.equal(a, b) for a, b in zip(before, studio.copy.text_encoder.parameters()))
+    pair = open_pair(Aspl(train_text_encoder=False, lr=1e-2, prior_weight=0), model, ctx)
+    before = [p.clone() for p in pair.copy.text_encoder.parameters()]
+    pair.copy.learn(pair.studio.clean_lesson(subject("ada"), torch.Generator().manual_seed(0)), 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, pair.copy.text_encoder.parameters()))
 
 
 @pytest.mark.parametrize(("field", "value"), [

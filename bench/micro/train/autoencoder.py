@@ -125,8 +125,8 @@ def train(which: str) -> None:
 
 
 SHARPEN = {
-    "a": common.Schedule(steps=1150, lr=1.2e-3, seed=13, ema=0.997),
-    "b": common.Schedule(steps=400, lr=1e-3, seed=14, ema=0.997),
+    "a": common.Schedule(steps=3200, lr=1.2e-3, seed=13, ema=0.997),
+    "b": common.Schedule(steps=2600, lr=1.2e-3, seed=14, ema=0.997),
 }
 
 

@@ -1,0 +1,20 @@
+"""Checks of a plugin's options that several plugins share; imports no torch, runs before any work starts."""
+
+from __future__ import annotations
+
+from bench.errors import BenchError
+
+
+def require(name: str, value: float, low: float, exclusive: bool = False, where: str = "defense") -> None:
+    """Refuse an option that is below ``low`` (or at it, if ``exclusive``)."""
+    if value < low or (exclusive and value == low):
+        bound = "more than" if exclusive else "at least"
+        raise BenchError(f"{where}.{name}={value} is out of range; give {bound} {low}.")
+
+
+def require_all(plugin: object, above: dict[str, float] | None = None, least: dict[str, float] | None = None) -> None:
+    """``above``: options of a defense that must exceed a bound; ``least``: those that must reach one."""
+    for name, low in (above or {}).items():
+        require(name, getattr(plugin, name), low, exclusive=True)
+    for name, low in (least or {}).items():
+        require(name, getattr(plugin, name), low)
