@@ -63,7 +63,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Adapter:
-    """Weights loaded on top of a pipeline, from a safetensors file. ``kind``: ``lora``, ``ip_image`` or ``ip_face``."""
+    """Weights loaded on top of a pipeline, from a safetensors file.
+
+    ``kind``: ``lora``, ``textual_inversion``, ``ip_image`` or ``ip_face``. ``scale`` does nothing to a learned word.
+    """
 
     kind: str
     path: Path

@@ -18,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 
 from bench.diffusion import checkpoints
+from bench.diffusion.new_words import read_rows
 from bench.errors import BenchError
 from bench.records import Adapter, Model
 
@@ -130,10 +131,12 @@ def _add_adapter(pipeline: Any, adapter: Adapter, model: Model, device: str) -> 
         raise BenchError(f"adapter: '{adapter.path}' is no safetensors file on this machine.")
     if adapter.kind == "lora":
         _add_lora(pipeline, adapter)
+    elif adapter.kind == "textual_inversion":
+        _add_word(pipeline, adapter)
     elif adapter.kind in ("ip_image", "ip_face"):
         _add_image_prompt(pipeline, adapter, model, device)
     else:
-        raise BenchError(f"adapter: unknown kind '{adapter.kind}'. Valid: ip_face, ip_image, lora.")
+        raise BenchError(f"adapter: unknown kind '{adapter.kind}'. Valid: ip_face, ip_image, lora, textual_inversion.")
 
 
 def _add_lora(pipeline: Any, adapter: Adapter) -> None:
@@ -141,6 +144,16 @@ def _add_lora(pipeline: Any, adapter: Adapter) -> None:
     with _quiet():  # diffusers warns of every component that the file has no weights for
         pipeline.load_lora_weights(adapter.path.parent, weight_name=adapter.path.name, adapter_name=name)
     pipeline.set_adapters([name], [adapter.scale])
+
+
+def _add_word(pipeline: Any, adapter: Adapter) -> None:
+    """Textual inversion: a new word with embeddings of its own. The tokenizer is shared, so this one is a copy."""
+    encoder, pipeline.tokenizer = pipeline.text_encoder, copy.deepcopy(pipeline.tokenizer)
+    word = read_rows(adapter.path, encoder.get_input_embeddings().embedding_dim)
+    wanted = len(pipeline.tokenizer) + sum(len(rows) for rows in word.values())
+    encoder.resize_token_embeddings(wanted, mean_resizing=False)  # else diffusers draws rows, only to overwrite them
+    pipeline.load_textual_inversion(word)
+    freeze(encoder)
 
 
 def _add_image_prompt(pipeline: Any, adapter: Adapter, model: Model, device: str) -> None:
