@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.config import Cell
+from bench.config import PROTECTING, SERVED_BY_DATA, Cell
 from bench.plugin import Facts, facts_of
 
 ACTS_ON = {"customization": "images", "editing": "images", "backdoor": "model"}
 """Track -> what its defenses act on."""
-
-SERVED_BY_DATA = {"subjects": "subjects", "images": "images", "clean_data": "images"}
-"""Needs that the data answers -> the method of a data plugin that does."""
 
 SERVED_BY_MODEL = {
     "text_to_image": "a text-to-image model", "text_encoder": "a model with one text encoder",
@@ -31,6 +28,8 @@ def check(cell: Cell) -> str | None:
             return reason
     if reason := _shape(cell.defense, cell.track):
         return reason
+    if cell.surrogate and cell.track not in PROTECTING:
+        return f"surrogate={cell.surrogate} is a model to protect photos on; the {cell.track} track protects none"
     for asker, need in _needs(cell):
         if reason := _unmet(asker, need, cell):
             return reason
@@ -75,7 +74,15 @@ def _unmet(asker: str, need: str, cell: Cell) -> str | None:
     if need in SERVED_BY_DATA and not hasattr(cell.data, SERVED_BY_DATA[need]):
         what = "photos of subjects" if need == "subjects" else "plain images"
         return f"{asker} needs data with {what}; {facts_of(cell.data).name} has none"
-    if need in SERVED_BY_MODEL and need not in cell.capabilities:
-        has = ", ".join(sorted(cell.capabilities)) or "nothing"
-        return f"{asker} needs {SERVED_BY_MODEL[need]} ({need}); {cell.model} offers {has}"
+    model, offers = _model_of(asker, cell)
+    if need in SERVED_BY_MODEL and need not in offers:
+        has = ", ".join(sorted(offers)) or "nothing"
+        return f"{asker} needs {SERVED_BY_MODEL[need]} ({need}); {model} offers {has}"
     return None
+
+
+def _model_of(asker: str, cell: Cell) -> tuple[str, frozenset[str]]:
+    """The model that has to meet the asker's needs, and what it offers: a defense's is the surrogate."""
+    if cell.surrogate and asker == facts_of(cell.defense).name:
+        return cell.surrogate, cell.surrogate_capabilities
+    return cell.model, cell.capabilities

@@ -29,6 +29,10 @@ ON_ERROR = ("continue", "stop")
 WANDB = ("offline", "online", "disabled")
 SINGLE = ("data", "defense", "purifier", "attack")
 """Kinds of which a cell has exactly one."""
+SERVED_BY_DATA = {"subjects": "subjects", "images": "images", "clean_data": "images"}
+"""Needs that the data answers -> the method of a data plugin that does."""
+PROTECTING = ("customization", "editing")
+"""Tracks whose defenses protect photos, and may do so on another model than the attacker's."""
 
 
 @dataclass
@@ -50,6 +54,7 @@ class Config:
     suite: str = "adhoc"
     stamp: str = ""
     model: str = "micro-sd-a"
+    surrogate: str = ""
     allow_pickle: bool = False
     seed: int = 0
     device: str = "auto"
@@ -99,7 +104,8 @@ class Cell:
     ``data``, ``defense``, ``purifier``, ``attack`` and the values of ``metrics`` are plugin instances. ``skipped``:
     metrics that were asked for and cannot score this track, with the reason. ``labels``: kind -> what a board calls
     the choice. ``capabilities``: what the model can do. ``overrides``: the command-line words that made the cell.
-    ``stamp``: what every result of this suite says about itself.
+    ``stamp``: what every result of this suite says about itself. ``surrogate``: the model on which the photos are
+    protected, where it is not the attacked one; "" where it is, or where the defense looks at no model.
     """
 
     id: str
@@ -120,6 +126,9 @@ class Cell:
     labels: Mapping[str, str] = field(default_factory=dict)
     overrides: tuple[str, ...] = ()
     stamp: str = ""
+    surrogate: str = ""
+    surrogate_digest: str = ""
+    surrogate_capabilities: frozenset[str] = frozenset()
 
     def folder(self, results: Path) -> Path:
         """Where this cell's result lies."""
@@ -131,11 +140,12 @@ class Cell:
         return " · ".join(parts[:1] + parts[2:] if parts[1] == "none" else parts)
 
     def shown(self, kind: str) -> str:
-        """A choice's label with its variant."""
+        """A choice's label with its variant; of a defense also the model it protects on, where it is another."""
         variant = getattr(getattr(self, kind), "variant", "")
         variant = variant.value if isinstance(variant, Enum) else variant
         label = self.labels.get(kind) or facts_of(getattr(self, kind)).name
-        return f"{label} ({variant})" if variant else label
+        said = f"{label} ({variant})" if variant else label
+        return f"{said} on {self.surrogate}" if kind == "defense" and self.surrogate else said
 
 
 Resolve = Callable[[str, bool], "Model"]
@@ -165,18 +175,37 @@ def build(
     ``choices``: Hydra group -> chosen option, for labels. ``resolve``: finds a model by name. Raises
     :class:`BenchError` for a missing choice and for whatever a plugin, the protocol or the model refuses.
     """
-    choices = choices or {}
-    root = root_of(cfg)
-    made = {kind: _plugin(cfg, kind) for kind in SINGLE}
+    root, made, metrics = root_of(cfg), {kind: plugin_of(cfg, kind) for kind in SINGLE}, metrics_of(cfg)
+    return assemble(root, made, metrics, choices or {}, overrides, resolve or _resolve)
+
+
+def assemble(
+    root: Config, made: Mapping[str, Any], metrics: Mapping[str, Any], choices: Mapping[str, str],
+    overrides: tuple[str, ...], resolve: Resolve,
+) -> Cell:
+    """The cell of a root and its plugins; what ``build`` does once they are made."""
     track = facts_of(made["attack"]).track[0]
     protocol = protocol_of(root, track)
-    model = (resolve or _resolve)(root.model, root.allow_pickle)
-    metrics, skipped = _metrics(cfg, track)
+    model = resolve(root.model, root.allow_pickle)
+    scored, skipped = fitting(metrics, track)
     labels = {kind: label(kind, made[kind], choices.get(kind, ""), overrides) for kind in SINGLE}
     cell = Cell("", root.suite, track, root.model, model.digest, model.capabilities, root.allow_pickle, root.seed,
-                made["data"], made["defense"], made["purifier"], made["attack"], protocol, metrics, skipped, labels,
+                made["data"], made["defense"], made["purifier"], made["attack"], protocol, scored, skipped, labels,
                 overrides, root.stamp)
+    cell = on_surrogate(cell, root.surrogate, resolve)
     return replace(cell, id=cell_id(cell))
+
+
+def on_surrogate(cell: Cell, name: str, resolve: Resolve) -> Cell:
+    """The cell with its photos protected on the model ``name``. The same cell where that changes nothing: the model is
+    the attacked one, or the defense needs nothing of a model."""
+    needs = set(facts_of(cell.defense).needs) - set(SERVED_BY_DATA)
+    if not name or (cell.track in PROTECTING and not needs):
+        return cell
+    found = resolve(name, cell.allow_pickle)
+    if found.digest == cell.model_digest:
+        return cell
+    return replace(cell, surrogate=name, surrogate_digest=found.digest, surrogate_capabilities=found.capabilities)
 
 
 def root_of(cfg: DictConfig) -> Config:
@@ -200,14 +229,17 @@ def settings(cfg: DictConfig) -> Settings:
 def cell_id(cell: Cell) -> str:
     """16 hexadecimal digits that name everything which can change the cell's artefacts.
 
-    Device, paths, launcher, tracker, workers, threads, suite and metrics are no part of it.
+    Device, paths, launcher, tracker, workers, threads, suite and metrics are no part of it. What was added to cells
+    later is left out where it means "as before": a surrogate that is the attacked model, fields declared with
+    :func:`bench.identity.added`.
     """
     data = facts_of(cell.data)
+    surrogate = {"surrogate": cell.surrogate_digest} if cell.surrogate else {}
     return digest({
         "schema": SCHEMA_VERSION, "track": cell.track, "model": cell.model_digest, "seed": cell.seed,
         "data": {"name": data.name, "version": data.version, "digest": data_digest(cell.data)},
         "defense": identity(cell.defense), "purifier": identity(cell.purifier), "attack": identity(cell.attack),
-        "protocol": cell.protocol,
+        "protocol": cell.protocol, **surrogate,
     })
 
 
@@ -229,7 +261,8 @@ def label(kind: str, instance: Any, choice: str, overrides: tuple[str, ...] = ()
     return " ".join([choice or facts_of(instance).name, *shown])
 
 
-def _plugin(cfg: DictConfig, kind: str) -> Any:
+def plugin_of(cfg: DictConfig, kind: str) -> Any:
+    """The chosen plugin of a kind."""
     node = cfg.get(kind)
     if node is None:
         raise BenchError(f"{kind}: nothing chosen; give {kind}=<name>. Valid: {', '.join(REGISTRY.names(kind))}.")
@@ -251,10 +284,14 @@ def _made(node: Any, where: str) -> Any:
     return made
 
 
-def _metrics(cfg: DictConfig, track: str) -> tuple[dict[str, Any], dict[str, str]]:
+def metrics_of(cfg: DictConfig) -> dict[str, Any]:
+    """The chosen metrics by name."""
+    return {str(name): _made(node, f"metrics.{name}") for name, node in (cfg.get("metrics") or {}).items()}
+
+
+def fitting(chosen: Mapping[str, Any], track: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The chosen metrics that fit the track, those that boards rank by first, and why the others do not fit; without a
     choice, all that fit."""
-    chosen = {str(name): _made(node, f"metrics.{name}") for name, node in (cfg.get("metrics") or {}).items()}
     made = chosen or _all_metrics(track)
     fits = {name: metric for name, metric in made.items() if track in facts_of(metric).track}
     reasons = {name: f"{name} scores the {' and '.join(facts_of(metric).track)} track, not {track}"

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,21 @@ from typing import Any
 from bench.errors import BenchError
 
 
+ADDED = "added"
+"""Metadata of a dataclass field that came later than the first stored identities."""
+
+
+def added(default: Any) -> Any:
+    """A dataclass field that was added later, and whose ``default`` means "as before": it is left out of identities
+    while it has that value, so that what was stored before it existed keeps its name."""
+    return field(default=default, metadata={ADDED: True})
+
+
 def canonical_json(value: object) -> str:
     """One text per value: sorted keys, no blanks, floats as their shortest exact decimal, ASCII only.
 
-    Dataclasses become mappings, enums their value, paths POSIX text, tuples lists and sets sorted lists.
+    Dataclasses become mappings, enums their value, paths POSIX text, tuples lists and sets sorted lists. A field that
+    was declared with ``added`` is left out while it has its default.
     Raises BenchError for a number that is not finite, a key that is not text, and any other type.
     """
     return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -34,7 +45,8 @@ def plain(value: object, where: str = "value") -> Any:
     if isinstance(value, Path):
         return value.as_posix()
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value)}
+        return {f.name: plain(getattr(value, f.name), f"{where}.{f.name}") for f in fields(value)
+                if not (f.metadata.get(ADDED) and getattr(value, f.name) == f.default)}
     if isinstance(value, Mapping):
         return {_key(k, where): plain(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 def cell_record(cell: Cell) -> CellRecord:
     """A cell as it goes on record. A model that is a folder is named by the folder's last part."""
     return CellRecord(
-        id=cell.id, track=cell.track, model=ModelRecord(name=cell.model.rstrip("/").rpartition("/")[2],
-                                                        digest=cell.model_digest),
+        id=cell.id, track=cell.track, model=_model(cell.model, cell.model_digest),
+        surrogate=_model(cell.surrogate, cell.surrogate_digest) if cell.surrogate else None,
         data=_plugin(cell, "data"), data_digest=data_digest(cell.data), attack=_plugin(cell, "attack"),
         defense=_plugin(cell, "defense"), purifier=_plugin(cell, "purifier"), seed=cell.seed,
         protocol=plain(cell.protocol),
     )
+
+
+def _model(name: str, digest: str) -> ModelRecord:
+    return ModelRecord(name=name.rstrip("/").rpartition("/")[2], digest=digest)
 
 
 def _plugin(cell: Cell, kind: str) -> PluginRecord:

@@ -170,7 +170,7 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
 def _first_stage(cell: Cell) -> tuple[Any, ...]:
     """Of customization the protected photos, of backdoors the implant."""
     method = cell.attack if cell.track == "backdoor" else cell.defense
-    return cell.track, cell.model, repr(cell.data), repr(method), cell.seed
+    return cell.track, cell.surrogate or cell.model, repr(cell.data), repr(method), cell.seed
 
 
 def freeze(planned: Sequence[Planned], results: Path) -> Iterator[Path]:

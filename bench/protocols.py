@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from bench.errors import BenchError, unknown
+from bench.identity import added
 
 SAMPLERS = ("ddim", "ddpm")
 
@@ -18,7 +19,9 @@ class CustomizationProtocol:
     """How the attacker's model is asked for pictures of a subject.
 
     ``prompts``: ``{token}`` stands for the word that names the person. ``per_prompt``: images per prompt and
-    subject. ``steps``, ``guidance``: of the sampler, guidance 1 means none.
+    subject. ``steps``, ``guidance``: of the sampler, guidance 1 means none. ``clean_share``: partial protection, the
+    share of each subject's published photos of which the attacker has the original; of n photos it is the nearest
+    whole number, a half to the even one.
     """
 
     prompts: list[str] = field(default_factory=_prompts)
@@ -26,9 +29,11 @@ class CustomizationProtocol:
     sampler: str = "ddim"
     steps: int = 25
     guidance: float = 7.5
+    clean_share: float = added(0.0)
 
     def __post_init__(self) -> None:
         _require_prompts(self.prompts)
+        _require_range("customization.clean_share", self.clean_share, 0, 0.75)
         _require_sampler("customization", self.sampler)
         _require_range("customization.per_prompt", self.per_prompt, 1, 10_000)
         _require_range("customization.steps", self.steps, 1, 1000)

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 RESULT, SAMPLES, IMAGES = "result.json", "samples.jsonl", "images"
+MEASURE = "measure"
+"""The stage of a metric."""
 Status = Literal["ok", "n/a", "failed"]
 
 
@@ -72,11 +74,13 @@ class ModelRecord(Record):
 
 
 class CellRecord(Record):
-    """What ran: the point of the grid, fully resolved."""
+    """What ran: the point of the grid, fully resolved. ``surrogate``: the model that photos were protected on, where it
+    was not the attacked one."""
 
     id: str
     track: str
     model: ModelRecord
+    surrogate: ModelRecord | None = None
     data: PluginRecord
     data_digest: str = ""
     attack: PluginRecord
@@ -139,10 +143,11 @@ class ErrorRecord(Record):
 
 
 class SampleFile(Record):
-    """What ``samples.jsonl`` must be."""
+    """What ``samples.jsonl`` must be. ``layout``: a line is one ``row``, as it was at first, or a ``block``."""
 
     rows: int
     sha256: str
+    layout: Literal["rows", "blocks"] = "rows"
 
 
 class Result(Record):
@@ -193,6 +198,22 @@ class SampleRow:
     def __post_init__(self) -> None:
         if self.value is None and not self.reason:
             raise ValueError(f"{self.metric} of {self.sample}: a missing value needs a reason")
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A line of ``samples.jsonl``: the samples of one cluster, and the values of those measurements that score just
+    these. ``reasons``: measurement -> place in the line -> why its value is missing."""
+
+    cluster: str
+    samples: list[str]
+    values: dict[str, list[Annotated[float, Field(allow_inf_nan=False)] | None]]
+    reasons: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+
+    def rows(self) -> list[SampleRow]:
+        return [SampleRow(metric, sample, self.cluster, value, self.reasons.get(metric, {}).get(str(place), ""))
+                for metric, values in self.values.items()
+                for place, (sample, value) in enumerate(zip(self.samples, values, strict=True))]
 
 
 def plugin_record(instance: Any, label: str = "") -> PluginRecord:
@@ -262,14 +283,14 @@ def _both_finite(measured: Measurement) -> bool:
 def write_result(result: Result, rows: Sequence[SampleRow], images: Mapping[str, Tensor], folder: Path) -> Result:
     """Write a cell's folder: images (uint8 [3, h, w]) and rows first, ``result.json`` last and in one step, so that
     a folder with it is complete. Returns the result as written. Raises BenchError when the disk refuses."""
-    text = "".join(_row_line(row) + "\n" for row in rows)
+    text = "".join(_block_line(block) + "\n" for block in blocks(rows))
     _dump(result)  # before the old result goes: a record that cannot be written must not replace one that was
     with told("results", folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RESULT).unlink(missing_ok=True)
         names = _write_images(images, folder / IMAGES)
         write_atomically(folder / SAMPLES, text)
-        samples = SampleFile(rows=len(rows), sha256=hashlib.sha256(text.encode()).hexdigest())
+        samples = SampleFile(rows=len(rows), sha256=hashlib.sha256(text.encode()).hexdigest(), layout="blocks")
         whole = _validated(result, samples, names)
         write_atomically(folder / RESULT, _dump(whole))
     return whole
@@ -282,11 +303,60 @@ def _validated(result: Result, samples: SampleFile, images: list[str]) -> Result
 
 
 def _dump(result: Result) -> str:
-    return json.dumps(plain(result.model_dump(by_alias=True), "result"), indent=1, allow_nan=False) + "\n"
+    """JSON with a line per part, and in lists a line per item: as small as one line, and a change is seen as one."""
+    parts = plain(result.model_dump(by_alias=True), "result")
+    return "{\n" + ",\n".join(f'"{name}": {_lines(part)}' for name, part in parts.items()) + "\n}\n"
 
 
-def _row_line(row: SampleRow) -> str:
-    return json.dumps({f.name: getattr(row, f.name) for f in dataclasses.fields(row)}, allow_nan=False)
+def _lines(part: Any) -> str:
+    items = [json.dumps(item, allow_nan=False) for item in part] if isinstance(part, list) else []
+    return "[\n " + ",\n ".join(items) + "\n]" if items else json.dumps(part, allow_nan=False)
+
+
+def merged(result: Result, rows: Sequence[SampleRow], asked: Iterable[str], folder: Path,
+           ) -> tuple[Result, list[SampleRow]]:
+    """A finished result with what the one in ``folder`` measured by metrics that were not ``asked`` for now.
+
+    Only where that one rests on the same artefacts; else it says nothing about these.
+    """
+    try:
+        before = read_result(folder)
+        old_rows = rows_of(before, folder)
+    except BenchError:
+        return result, list(rows)
+    if before.status != "ok" or before.cell.id != result.cell.id or evidence(before) != evidence(result):
+        return result, list(rows)
+    taken = {m.name for m in result.measurements}
+    kept = [m for m in before.measurements if m.metric not in set(asked) and m.name not in taken]
+    names = {m.name for m in kept}
+    whole = result.model_copy(update={"measurements": [*result.measurements, *kept]})
+    return whole, [*rows, *(row for row in old_rows if row.metric in names)]
+
+
+def evidence(result: Result) -> dict[str, str]:
+    """The artefacts that metrics looked at."""
+    return {stage: key for stage, key in result.artefacts.items() if stage.partition("_")[0] != MEASURE}
+
+
+def blocks(rows: Sequence[SampleRow]) -> list[Block]:
+    """Rows by cluster and by measurements of the same samples, each in the order of its first row. Values keep seven
+    digits, which is what single precision holds."""
+    columns: dict[tuple[str, str], list[SampleRow]] = {}
+    for row in rows:
+        columns.setdefault((row.cluster, row.metric), []).append(row)
+    found: dict[tuple[str, tuple[str, ...]], Block] = {}
+    for (cluster, metric), column in columns.items():
+        samples = [row.sample for row in column]
+        block = found.setdefault((cluster, tuple(samples)), Block(cluster, samples, {}))
+        block.values[metric] = [None if row.value is None else float(f"{row.value:.7g}") for row in column]
+        if reasons := {str(place): row.reason for place, row in enumerate(column) if row.reason}:
+            block.reasons[metric] = reasons
+    return list(found.values())
+
+
+def _block_line(block: Block) -> str:
+    parts = {f.name: part for f in dataclasses.fields(block) if (part := getattr(block, f.name))}
+    return json.dumps(parts, allow_nan=False, separators=(",", ":"))
 
 
 def _write_images(images: Mapping[str, Tensor], folder: Path) -> list[str]:
@@ -342,15 +412,25 @@ def rows_of(result: Result, folder: Path) -> list[SampleRow]:
         raise BenchError(f"results: {path} cannot be read: {error}.") from error
     if hashlib.sha256(data).hexdigest() != result.samples.sha256:
         raise BenchError(f"results: {path} is not the file that was written with its result (hash mismatch).")
+    lines = b"[" + b",".join(data.splitlines()) + b"]"
     try:
-        return _rows().validate_json(b"[" + b",".join(data.splitlines()) + b"]")
+        if result.samples.layout == "rows":
+            return _rows().validate_json(lines)
+        return [row for block in _blocks().validate_json(lines) for row in block.rows()]
     except ValidationError as error:
         raise BenchError(f"results: {path} holds a row that is not valid: {_first(error)}.") from error
+    except ValueError as error:
+        raise BenchError(f"results: {path} holds a row that is not valid: {error}.") from error
 
 
 @cache
 def _rows() -> TypeAdapter[list[SampleRow]]:
     return TypeAdapter(list[SampleRow])
+
+
+@cache
+def _blocks() -> TypeAdapter[list[Block]]:
+    return TypeAdapter(list[Block])
 
 
 def _first(error: ValidationError) -> str:

@@ -16,11 +16,13 @@ from bench.plugin import identity
 from bench.progress import shown
 from bench.provenance import now, provenance
 from bench.results import (
+    MEASURE,
     CellRecord,
     MeasurementRecord,
     Result,
     StageRecord,
     measurement_record,
+    merged,
     plugin_record,
     sample_rows,
     stage_record,
@@ -81,7 +83,7 @@ def measured(cell: Cell, bench: Workbench) -> tuple[Outcome, dict[str, list[Meas
     found = {}
     for name, metric in cell.metrics.items():
         found[name] = bench.stage(
-            "measure", VERSION, {"evidence": outcome.inputs, "metric": identity(metric)},
+            MEASURE, VERSION, {"evidence": outcome.inputs, "metric": identity(metric)},
             partial(metric.measure, outcome.evidence), MeasurementsCodec(), seeded_by={"metric": identity(metric)},
         ).value
     return outcome, found
@@ -103,7 +105,8 @@ def finish(
     cell: Cell, settings: Settings, bench: Workbench, outcome: Outcome, found: Mapping[str, list[Measurement]],
     started: str,
 ) -> Result:
-    """Write the record of a cell that ran to its end, and mirror it to the tracker."""
+    """Write the record of a cell that ran to its end, and mirror it to the tracker. What was measured before and is
+    not asked for now stays."""
     record = cell_record(cell)
     everything = [m for ms in found.values() for m in ms]
     result = Result(
@@ -111,7 +114,8 @@ def finish(
         cost=costs(bench), artefacts=artefacts(bench), provenance=provenance(started, cell.overrides),
         warnings=[w for _, stored in bench.used for w in stored.warnings] + list(cell.skipped.values()),
     )
-    rows, folder = sample_rows(everything), cell.folder(settings.results)
+    folder = cell.folder(settings.results)
+    result, rows = merged(result, sample_rows(everything), cell.metrics, folder)
     result = mirrored(tracker_of(settings), result, rows, outcome.pictures, folder)
     return write_result(result, rows, outcome.pictures, folder)
 

@@ -43,6 +43,14 @@ class FakeShield:
         return [subject.published for subject in subjects]
 
 
+@plugin("defense", "fake_optimiser", track=("customization",), acts_on="images", needs=("text_encoder",))
+class FakeOptimiser:
+    """Would optimise against a model."""
+
+    def protect(self, subjects, model, ctx):
+        return [subject.published for subject in subjects]
+
+
 @plugin("defense", "fake_cleaner", track=("backdoor",), acts_on="model", needs=("clean_data",))
 class FakeCleaner:
     """Repairs nothing."""
@@ -117,8 +125,9 @@ class FakeScore:
 
 
 def resolve(name: str, allow_pickle: bool = False) -> Model:
-    """A model by name: ``text`` or ``plain``."""
-    capabilities = {"text": {"text_to_image", "text_encoder"}, "plain": {"unconditional"}}
+    """A model by name: ``text``, ``other`` or ``plain``."""
+    capabilities = {"text": {"text_to_image", "text_encoder"}, "plain": {"unconditional"},
+                    "other": {"text_to_image", "text_encoder"}}
     if name not in capabilities:
         raise BenchError(f"model: unknown checkpoint '{name}'.")
     return Model(Path(name), f"digest-of-{name}", frozenset(capabilities[name]))

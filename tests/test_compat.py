@@ -12,13 +12,17 @@ BACKDOOR = ("attack=fake_implant", "model=plain", "data=fake_pictures")
 
 
 @pytest.mark.parametrize("words", [
-    (), ("defense=fake_shield",), ("purifier=fake_wash",), BACKDOOR, (*BACKDOOR, "defense=fake_cleaner"),
+    (), ("defense=fake_shield",), ("defense=fake_optimiser", "surrogate=other"), ("purifier=fake_wash",), BACKDOOR, (*BACKDOOR, "defense=fake_cleaner"),
 ])
 def test_pairs_that_can_run(compose: Compose, words: tuple[str, ...]) -> None:
     assert check(cell_of(compose, *words)) is None
 
 
 @pytest.mark.parametrize(("words", "reason"), [
+    (("defense=fake_optimiser", "surrogate=plain"), "fake_optimiser needs a model with one text encoder "
+                                                    "(text_encoder); plain offers unconditional"),
+    ((*BACKDOOR, "surrogate=other"), "surrogate=other is a model to protect photos on; the backdoor track protects "
+                                     "none"),
     (("defense=fake_cleaner",), "fake_cleaner repairs models; the customization track defends images"),
     ((*BACKDOOR, "defense=fake_shield"), "fake_shield protects images; the backdoor track defends models"),
     ((*BACKDOOR, "purifier=fake_wash"), "fake_wash works on the customization track, not on backdoor"),

@@ -41,7 +41,7 @@ def test_the_id_is_the_same_in_another_process_with_another_hash_seed(compose: C
 
 @pytest.mark.parametrize("word", [
     "seed=1", "model=plain", "defense=fake_shield", "purifier=fake_wash", "attack.steps=11", "data.count=3",
-    "customization.steps=26", "customization.prompts=['{token}']",
+    "customization.steps=26", "customization.prompts=['{token}']", "customization.clean_share=0.25",
 ])
 def test_what_changes_a_result_changes_the_id(compose: Compose, word: str) -> None:
     assert cell_of(compose, word).id != cell_of(compose).id
@@ -50,10 +50,24 @@ def test_what_changes_a_result_changes_the_id(compose: Compose, word: str) -> No
 @pytest.mark.parametrize("word", [
     "device=cuda", "threads=2", "workers=7", "results=/elsewhere", "store=/elsewhere", "tracker.wandb=disabled",
     "metrics=[]", "metrics.fake_score.n=9", "backdoor.steps=5", "suite=other", "mode=force", "stamp=x",
-    "attack.steps=10",
+    "attack.steps=10", "customization.clean_share=0", "surrogate=", "surrogate=text", "surrogate=other",
 ])
 def test_what_does_not_change_a_result_leaves_the_id(compose: Compose, word: str) -> None:
     assert cell_of(compose, word).id == cell_of(compose).id
+
+
+def test_a_surrogate_is_part_of_a_cell_whose_defense_looks_at_it(compose: Compose) -> None:
+    plain = cell_of(compose, "defense=fake_optimiser")
+    moved = cell_of(compose, "defense=fake_optimiser", "surrogate=other")
+    assert (moved.surrogate, moved.surrogate_digest) == ("other", "digest-of-other")
+    assert moved.surrogate_capabilities == {"text_to_image", "text_encoder"}
+    assert moved.model_digest == plain.model_digest
+    assert moved.id not in (plain.id, cell_of(compose, "defense=fake_optimiser", "model=other").id)
+    assert moved.title().startswith("fake_optimiser on other · ")
+    assert cell_of(compose, "defense=fake_optimiser", "surrogate=text") == replace(
+        plain, overrides=("defense=fake_optimiser", "surrogate=text"))
+    blind = cell_of(compose, "defense=fake_shield", "surrogate=other")
+    assert (blind.id, blind.surrogate) == (cell_of(compose, "defense=fake_shield").id, "")
 
 
 def test_a_plugins_version_and_a_models_digest_are_in_the_id(compose: Compose) -> None:
@@ -108,6 +122,8 @@ def test_without_a_choice_every_metric_of_the_track_is_measured(compose: Compose
     (["~attack"], r"attack: nothing chosen; give attack=<name>"),
     (["+defense.nothing=1"], r"defense: unknown option 'nothing'"),
     (["model=nowhere"], r"unknown checkpoint 'nowhere'"),
+    (["defense=fake_optimiser", "surrogate=nowhere"], r"unknown checkpoint 'nowhere'"),
+    (["customization.clean_share=0.8"], r"customization.clean_share=0.8 is out of range; give 0 to 0.75"),
 ])
 def test_bad_values_are_one_clear_error(compose: Compose, words: list[str], said: str) -> None:
     with pytest.raises(BenchError, match=said):

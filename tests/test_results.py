@@ -19,6 +19,7 @@ from bench.results import (
     Result,
     SampleRow,
     measurement_record,
+    merged,
     plugin_record,
     protocol_hash,
     read_result,
@@ -63,6 +64,59 @@ def test_round_trip(tmp_path: Path) -> None:
         SampleRow("ism", "c", "s2", None, "no face")]
     assert written.measurements[0].clusters == 2
     assert sorted(p.name for p in (tmp_path / "abc").iterdir()) == ["result.json", "samples.jsonl"]
+
+
+def test_rows_of_one_cluster_share_a_line_and_keep_their_reasons(tmp_path: Path) -> None:
+    rows = [SampleRow(m, f"s{c}/{i}", f"s{c}", None if (m, i) == ("ism", 1) else 1 / 3, "no face" * (i == 1))
+            for m in ("ism", "fdfr") for c in (1, 2) for i in range(3)]
+    rows += [SampleRow("psnr", "s1/b", "s1", 24.123456789)]
+    write_result(result(), rows, {}, tmp_path)
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 3
+    found = read_rows(tmp_path)
+    assert {(r.metric, r.sample, r.cluster, r.reason) for r in found} == {
+        (r.metric, r.sample, r.cluster, r.reason) for r in rows}
+    by_name = {(r.metric, r.sample): r.value for r in found}
+    assert by_name["psnr", "s1/b"] == 24.12346 and by_name["fdfr", "s2/2"] == 0.3333333
+    assert by_name["ism", "s1/1"] is None
+
+
+def test_rows_as_they_were_written_at_first_can_be_read(tmp_path: Path) -> None:
+    import hashlib
+
+    write(tmp_path)
+    text = '{"metric": "ism", "sample": "a", "cluster": "s1", "value": 0.4, "reason": ""}\n'
+    (tmp_path / "samples.jsonl").write_text(text)
+    record = json.loads((tmp_path / "result.json").read_text())
+    record["samples"] = {"rows": 1, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (tmp_path / "result.json").write_text(json.dumps(record))
+    assert read_rows(tmp_path) == [SampleRow("ism", "a", "s1", 0.4)]
+
+
+def measured_by(name: str, value: float, **fields: Any) -> tuple[Result, list[SampleRow]]:
+    one = Measurement(name, value, 1, "", False, rows=(Row("a", "s1", value),))
+    made = measurement_record(one, record("metric", name.partition("@")[0]), cell())
+    return result(measurements=[made], **fields), sample_rows([one])
+
+
+def test_another_list_of_metrics_keeps_what_was_measured(tmp_path: Path) -> None:
+    same = {"artefacts": {"generate": "g", "measure": "m1"}}
+    write_result(*measured_by("ism", 0.5, **same), {}, tmp_path)
+    now, rows = merged(*measured_by("fid", 80.0, artefacts={"generate": "g", "measure": "m2"}), ["fid"], tmp_path)
+    assert {m.name: m.value for m in now.measurements} == {"fid": 80.0, "ism": 0.5}
+    assert {r.metric: r.value for r in rows} == {"fid": 80.0, "ism": 0.5}
+    again, rows = merged(*measured_by("ism", 0.7, **same), ["ism"], tmp_path)
+    assert [(m.name, m.value) for m in again.measurements] == [("ism", 0.7)] and [r.value for r in rows] == [0.7]
+    gone, _ = merged(*measured_by("ism@b", 0.7, **same), ["ism"], tmp_path)
+    assert [m.name for m in gone.measurements] == ["ism@b"], "a metric that is asked for is measured anew as a whole"
+
+
+@pytest.mark.parametrize("now", [
+    {"artefacts": {"generate": "other"}}, {"cell": cell(id="other"), "artefacts": {"generate": "g"}},
+])
+def test_what_rests_on_other_artefacts_is_not_kept(tmp_path: Path, now: dict[str, Any]) -> None:
+    write_result(*measured_by("ism", 0.5, artefacts={"generate": "g"}), {}, tmp_path)
+    found, rows = merged(*measured_by("fid", 80.0, **now), ["fid"], tmp_path)
+    assert [m.name for m in found.measurements] == ["fid"] and len(rows) == 1
 
 
 def test_images(tmp_path: Path) -> None:

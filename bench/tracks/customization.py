@@ -1,14 +1,19 @@
-"""Customization: subject - protect(B) - purify - customise - generate(prompts, seeds) - score against C and A."""
+"""Customization: subject - protect(B) - [mix] - purify - customise - generate(prompts, seeds) - score against C and A.
+
+The defender protects on the surrogate, the attacked model where the cell names none; everything after it happens on the
+attacked model. ``clean_share`` of the protocol puts originals among the photos that the attacker finds.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from bench.codecs import CustomisedCodec, GenerationsCodec, ImageSetsCodec
 from bench.errors import BenchError
 from bench.identity import digest
-from bench.plugin import identity
+from bench.plugin import facts_of, identity
 from bench.records import Customised, CustomizationEvidence, Generations, ImageSet, Model, Subject
 from bench.workbench import Outcome, Workbench
 
@@ -30,16 +35,18 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
     subjects: Sequence[Subject] = cell.data.subjects()
     origin = {"data": cell.data.digest(), "model": model.digest, "seed": cell.seed}
 
-    defense = identity(cell.defense)
+    defense, surrogate = identity(cell.defense), surrogate_of(cell, model)
     protected = bench.stage(
-        "protect", VERSION, {**origin, "defense": defense},
-        lambda ctx: protect(cell, subjects, model, ctx), ImageSetsCodec(),
+        "protect", VERSION, {**origin, "model": surrogate.digest, "defense": defense},
+        lambda ctx: protect(cell, subjects, surrogate, ctx), ImageSetsCodec(),
         seeded_by={"defense": defense["name"], "seed": cell.seed},
     )
-    purifier = identity(cell.purifier)
+    purifier, found = identity(cell.purifier), mixed(cell, subjects, protected.value)
+    share = protocol_of(cell).clean_share
     purified = bench.stage(
-        "purify", VERSION, {"photos": protected.key, "model": model.digest, "purifier": purifier, "seed": cell.seed},
-        lambda ctx: purify(cell, protected.value, model, ctx), ImageSetsCodec(),
+        "purify", VERSION, {"photos": protected.key, "model": model.digest, "purifier": purifier, "seed": cell.seed,
+                            **({"clean_share": share} if share else {})},
+        lambda ctx: purify(cell, found, model, ctx), ImageSetsCodec(),
         seeded_by={"purifier": purifier, "seed": cell.seed},
     )
     generated, tokens, keys = {}, {}, {}
@@ -51,7 +58,18 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
         tuple(subjects), protected.value, purified.value, generated, budget_of(cell.defense), tokens,
     )
     inputs = {**origin, "protected": protected.key, "purified": purified.key, "generated": keys}
-    return Outcome(evidence, inputs, pictures(evidence))
+    return Outcome(evidence, inputs, pictures(evidence) if pictured(cell) else {})
+
+
+def surrogate_of(cell: Cell, model: Model) -> Model:
+    """The model that photos are protected on."""
+    from bench.diffusion.checkpoints import resolve
+
+    return resolve(cell.surrogate, cell.allow_pickle) if cell.surrogate else model
+
+
+def protocol_of(cell: Cell) -> CustomizationProtocol:
+    return cast("CustomizationProtocol", cell.protocol)
 
 
 def protect(cell: Cell, subjects: Sequence[Subject], model: Model, ctx: Context) -> dict[str, ImageSet]:
@@ -69,6 +87,29 @@ def check_budget(cell: Cell, subject: Subject, photos: ImageSet) -> None:
     if change > eps:
         raise BenchError(f"defense '{identity(cell.defense)['name']}': photos of {subject.name} change by {change} "
                          f"levels, over their budget of {eps}; the result would be invalid.")
+
+
+def mixed(cell: Cell, subjects: Sequence[Subject], protected: Mapping[str, ImageSet]) -> dict[str, ImageSet]:
+    """What the attacker finds: the protected photos, a share of them replaced by their originals."""
+    share = protocol_of(cell).clean_share
+    return {s.name: partly(s, protected[s.name], unprotected(s, share, cell.seed)) for s in subjects}
+
+
+def unprotected(subject: Subject, share: float, seed: int) -> list[int]:
+    """Which of a subject's published photos stay as they were: the same under every defense, and with a larger share
+    those of a smaller one and more."""
+    names = subject.published.names
+    order = sorted(range(len(names)), key=lambda place: digest([subject.name, seed, names[place]]))
+    return sorted(order[:round(share * len(names))])
+
+
+def partly(subject: Subject, photos: ImageSet, places: Sequence[int]) -> ImageSet:
+    """``photos`` with the originals at ``places``."""
+    if not places:
+        return photos
+    pixels = photos.pixels.clone()
+    pixels[list(places)] = subject.published.pixels[list(places)]
+    return replace(photos, pixels=pixels)
 
 
 def purify(cell: Cell, photos: Mapping[str, ImageSet], model: Model, ctx: Context) -> dict[str, ImageSet]:
@@ -90,7 +131,8 @@ def attack(
         lambda ctx: cell.attack.customise(photos, subject.class_noun, model, ctx), CustomisedCodec(model),
         seeded_by={"attack": method, "subject": subject.name, "seed": cell.seed},
     )
-    protocol = cast("CustomizationProtocol", cell.protocol)
+    # Which photos the attacker had is in the customised model's key: the samples ask no more of it.
+    protocol = replace(protocol_of(cell), clean_share=0.0)
     drawn = bench.stage(
         "generate", VERSION,
         {"customised": customised.key, "protocol": protocol, "subject": subject.name, "seed": cell.seed},
@@ -126,6 +168,11 @@ def digest_images(photos: ImageSet) -> str:
 
 def budget_of(defense: Any) -> Any:
     return defense.budget() if hasattr(defense, "budget") else None
+
+
+def pictured(cell: Cell) -> bool:
+    """Pictures for the reader of one seed's unpurified photos; more would make a large suite's folder heavy."""
+    return cell.seed == 0 and facts_of(cell.purifier).control
 
 
 def pictures(evidence: CustomizationEvidence) -> dict[str, Tensor]:
