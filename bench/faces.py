@@ -1,7 +1,8 @@
 """Face recognisers: pictures in, unit embeddings and "was there a face" out.
 
 `FaceEncoder` is a small convolutional recogniser that ships with the micro tier; `insightface_recogniser`
-puts a published InsightFace pack behind the same `FaceRecogniser` protocol. Identity is compared by the
+puts a published InsightFace pack behind the same `FaceRecogniser` protocol, and `bench.dlib_faces` dlib's network.
+Identity is compared by the
 cosine of two embeddings, which is their dot product because both have length 1.
 """
 
@@ -25,6 +26,9 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 MICRO_ENCODERS = ("micro-face-1", "micro-face-2", "micro-face-3")
 """The last one is the judge: it scores, and no defense or attack uses it."""
+DEFAULT_PACK, DETECTION_SIZE = "buffalo_l", 640
+DETECTION_THRESHOLD = 0.5
+"""Of InsightFace: pack, side of the square in which faces are looked for, and the score from which one counts."""
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -226,28 +230,50 @@ def _config_from(values: dict[str, Any], file: Path) -> FaceEncoderConfig:
 
 
 def recogniser(name: str) -> FaceRecogniser:
-    """The recogniser called `name`: one of the micro tier (`micro-face-1`), `insightface:<pack or folder>`,
-    or a folder.
+    """The recogniser called `name`: one of the micro tier (`micro-face-1`), `dlib`, `insightface`,
+    `insightface:<pack or folder>` with `@<size>` for another detection size than 640, or the folder of a `FaceEncoder`.
 
     Raises `BenchError` for anything else, naming what there is.
     """
+    from bench.dlib_faces import dlib_recogniser
     from bench.micro.models import weights_folder
 
-    if name.startswith("insightface:"):
-        return insightface_recogniser(name.removeprefix("insightface:"))
+    if name == "dlib":
+        return dlib_recogniser()
+    if name == "insightface" or name.startswith("insightface:"):
+        return insightface_recogniser(*insightface_options(name))
     if name in MICRO_ENCODERS:
         return load_face_encoder(weights_folder(name))
     if Path(name).expanduser().is_dir():
         return load_face_encoder(Path(name).expanduser())
-    raise unknown("face recogniser", name, "faces", (*MICRO_ENCODERS, "insightface:<pack>", "<folder>"))
+    raise unknown("face recogniser", name, "faces", (*MICRO_ENCODERS, "dlib", "insightface:<pack>@<size>", "<folder>"))
+
+
+def insightface_options(name: str) -> tuple[str, tuple[int, int]]:
+    """Pack and detection size of a name such as `insightface:buffalo_l@640`; both parts may be left out.
+
+    Raises `BenchError` where the size is not a multiple of 32, the detector's coarsest step.
+    """
+    pack, at, size = name.removeprefix("insightface").removeprefix(":").rpartition("@")
+    if not at or not size.isdigit():
+        return name.removeprefix("insightface").removeprefix(":") or DEFAULT_PACK, (DETECTION_SIZE, DETECTION_SIZE)
+    side = int(size)
+    if side < 32 or side % 32:
+        raise BenchError(f"face recogniser '{name}': the detection size {side} must be a multiple of 32, such as "
+                         f"{DETECTION_SIZE}.")
+    return pack or DEFAULT_PACK, (side, side)
 
 
 @dataclass
 class InsightFaceRecogniser:
-    """An InsightFace pack: the largest face of each picture, aligned and embedded. No gradients."""
+    """An InsightFace pack: the largest face of each picture, aligned and embedded. No gradients.
+
+    `facts`: pack, detection size and threshold, and hashes of the model files, for a measurement's protocol.
+    """
 
     analysis: Any
     dimension: int = 512
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings of length 1, float32 [n, d], and whether a face was found, of pictures [n, 3, h, w] in
@@ -280,25 +306,27 @@ def _area(face: Any) -> float:
 
 
 def insightface_recogniser(
-    pack: str | Path = "buffalo_l",
-    det_size: tuple[int, int] = (640, 640),
+    pack: str | Path = DEFAULT_PACK,
+    det_size: tuple[int, int] = (DETECTION_SIZE, DETECTION_SIZE),
     root: str | Path = "~/.insightface",
+    hub: Path | None = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
 ) -> InsightFaceRecogniser:
     """A recogniser from an InsightFace pack that is already on disk; nothing is downloaded.
 
-    `pack`: a folder of `.onnx` files, or the name of a pack in `<root>/models`. `det_size`: the size, width
+    `pack`: a folder of `.onnx` files, or the name of a pack that lies in `<root>/models` or in the Hugging Face cache
+    `hub` (None: the usual one), where a repository's own id works too. `det_size`: the size, width
     and height, at which faces are looked for; stated because the package's default differs between versions.
     Raises `BenchError` where the package or the pack is missing, naming what to get.
     """
-    folder = _pack_folder(pack, root)
+    folder = _pack_folder(pack, root, hub)
     on_cpu = providers[0] == "CPUExecutionProvider"
     try:
         analysis = _face_analysis()(
             str(folder), allowed_modules=["detection", "recognition"], providers=list(providers)
         )
         dimension = int(analysis.models["recognition"].output_shape[-1])
-        analysis.prepare(ctx_id=-1 if on_cpu else 0, det_thresh=0.5, det_size=det_size)
+        analysis.prepare(ctx_id=-1 if on_cpu else 0, det_thresh=DETECTION_THRESHOLD, det_size=det_size)
     except BenchError:
         raise
     except Exception as error:
@@ -307,19 +335,39 @@ def insightface_recogniser(
             f"insightface: the pack at {folder} cannot be used (it needs a detection and a recognition model): "
             f"{type(error).__name__}: {error}"
         ) from error
-    return InsightFaceRecogniser(analysis, dimension)
+    return InsightFaceRecogniser(analysis, dimension, _pack_facts(analysis, Path(pack).name, det_size))
 
 
-def _pack_folder(pack: str | Path, root: str | Path) -> Path:
-    direct = Path(pack).expanduser()
-    folder = direct if direct.is_dir() else Path(root).expanduser() / "models" / str(pack)
-    if not any(folder.glob("**/*.onnx")):
-        raise BenchError(
-            f"insightface: no pack '{pack}' at {folder} (no .onnx file there), and nothing is downloaded. Get "
-            f"{Path(pack).name}.zip from the model-zoo release of github.com/deepinsight/insightface and unpack it "
-            f"there. Its models are for non-commercial research only."
-        )
-    return folder
+def _pack_facts(analysis: Any, pack: str, det_size: tuple[int, int]) -> dict[str, Any]:
+    from bench.identity import file_digest
+
+    files = [Path(analysis.models[task].model_file) for task in ("detection", "recognition")]
+    return {"recogniser": f"insightface:{pack}", "det_size": list(det_size), "det_thresh": DETECTION_THRESHOLD,
+            "weights": {file.name: file_digest(file)[:16] for file in files}}
+
+
+def _pack_folder(pack: str | Path, root: str | Path, hub: Path | None) -> Path:
+    direct, named = Path(pack).expanduser(), Path(root).expanduser() / "models" / str(pack)
+    local = direct if direct.is_dir() else named
+    hubs = [] if direct.is_dir() else _hub_folders(str(pack), hub)
+    for folder, files in [(local, "**/*.onnx"), *((snapshot, "*.onnx") for snapshot in hubs)]:
+        if any(folder.glob(files)):
+            return folder
+    raise BenchError(
+        f"insightface: no pack '{pack}' at {local} (no .onnx file there) nor in the Hugging Face cache, and "
+        f"nothing is downloaded. Get {Path(pack).name}.zip from the model-zoo release of github.com/deepinsight/"
+        f"insightface and unpack it there. Its models are for non-commercial research only."
+    )
+
+
+def _hub_folders(pack: str, hub: Path | None) -> list[Path]:
+    """Where snapshots of the hub's cache may hold a pack: in a repository of that id or name, or in a folder of it."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    cache = hub or Path(HF_HUB_CACHE)
+    repository = ("" if "/" in pack else "*--") + pack.replace("/", "--")
+    inside = [] if "/" in pack else sorted(cache.glob(f"models--*/snapshots/*/**/{pack}"))
+    return [*sorted(cache.glob(f"models--{repository}/snapshots/*")), *inside]
 
 
 def _face_analysis() -> Callable[..., Any]:

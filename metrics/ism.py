@@ -35,7 +35,8 @@ class IdentityScore:
     1000 pairs of strangers pass).
 
     ``recognisers``: the first judges and is ranked, the others' scores carry their name (``ism@micro-face-2``). Names
-    of embedded encoders, folders, or ``insightface:<pack>``. The template is the mean of the unit embeddings of sets A
+    of embedded encoders, folders, ``dlib``, or ``insightface:<pack>@<detection size>``, whose sizes and file hashes
+    stand in the protocol. The template is the mean of the unit embeddings of sets A
     and C, never of the protected set B.
     """
 
@@ -52,7 +53,8 @@ class IdentityScore:
         found: list[Measurement] = []
         for place, name in enumerate(self.recognisers):
             judge = recogniser(name)
-            facts = {"recogniser": name, "weights": weights_mark(judge), "threshold": threshold_of(judge)}
+            facts = {"recogniser": name, "weights": weights_mark(judge), "threshold": threshold_of(judge),
+                     **getattr(judge, "facts", {})}
             found += summarise(score(evidence, judge), facts, f"@{name}" if place else "")
         return found
 
