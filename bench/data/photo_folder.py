@@ -20,7 +20,8 @@ class PhotoFolder:
 
     A person's folder holds either ``set_A``, ``set_B`` and ``set_C`` with at least ``photos_per_set`` photos each, or
     at least three times as many photos, which are dealt to A, B and C in the order of their names. Photos are scaled
-    and centre cropped to ``size``. ``count``: how many people, in the order of their names; 0 for all.
+    and centre cropped to ``size``. ``count``: how many people, in the order of their names; 0 for all. ``source``:
+    what the photos are and where they come from, said when ``root`` is not set.
     """
 
     root: str = ""
@@ -28,6 +29,7 @@ class PhotoFolder:
     photos_per_set: int = 4
     count: int = 0
     class_noun: str = "person"
+    source: str = ""
 
     def subjects(self) -> list[Subject]:
         """The people; raises BenchError for a folder or photo that is missing, unreadable, too small or too few."""
@@ -43,6 +45,8 @@ class PhotoFolder:
         return f"{pixel_digest(sets)}-{self.class_noun}"
 
     def _folders(self) -> list[Path]:
+        if self.source and not self.root:
+            raise BenchError(self._wanted())
         root = existing_folder(self.root, "data.root")
         found = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
         if not found:
@@ -52,6 +56,14 @@ class PhotoFolder:
             raise BenchError(f"photo_folder: count={self.count}, but {self.root} has {len(found)} people; give 1 to "
                              f"{len(found)}, or 0 for all.")
         return found[:self.count] if self.count else found
+
+    def _wanted(self) -> str:
+        """What to give where nothing was given."""
+        people, each = self.count or "any number of", self.photos_per_set
+        return (f"data.root is not set, and no photo of a person is shipped or downloaded. Give data.root=<folder> "
+                f"with {people} folders in it, one per person, each with {', '.join(SET_FOLDERS)} of {each} photos, or "
+                f"with {3 * each} photos that are dealt to the sets in the order of their names; no photo's side may "
+                f"be shorter than {self.size} pixels. Wanted: {self.source}.")
 
 
 def _dealt(folder: Path, each: int) -> list[list[Path]]:
