@@ -55,10 +55,21 @@ class Clip:
         return torch.cat([self._images(part) for part in _batches(pixels)]).double().cpu()
 
     def _images(self, pixels: Tensor) -> Tensor:
+        seen = self.model.vision_model(self._prepared(pixels)).pooler_output
+        projected: Tensor = self.model.visual_projection(seen)
+        return projected
+
+    def _prepared(self, pixels: Tensor) -> Tensor:
         x = centre_square(pixels.to(self.device).float() / 255, self.size)
         mean, std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) for v in (self.mean, self.std))
-        projected: Tensor = self.model.visual_projection(self.model.vision_model((x - mean) / std).pooler_output)
-        return projected
+        return (x - mean) / std
+
+    @torch.no_grad()
+    def layers(self, pixels: Tensor) -> list[Tensor]:
+        """uint8 [n, 3, h, w] to what each layer of the vision tower says of each patch, [n, patches, width], on the
+        CPU; the place that stands for the whole picture is left out."""
+        states = self.model.vision_model(self._prepared(pixels), output_hidden_states=True).hidden_states
+        return [state[:, 1:].cpu() for state in states[1:]]
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[str]) -> Tensor:
