@@ -1,25 +1,29 @@
 """Boards as data: who is ahead of whom under one protocol, with intervals, controls and what is missing.
 
-A board compares defenses under one track, model, data, attack, purifier and protocol. Everything on it is computed
-again from the per-sample rows; no torch, no weights, no images are needed.
+A board compares defenses under one track, model, data, attack, purifier and protocol; where cells differ in purifier
+alone, a further board holds the worst case over purifiers. Everything on them is computed again from the per-sample
+rows; no torch, no weights, no images are needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from bench.identity import digest
-from bench.results import (
-    MeasurementRecord,
-    Result,
-    SampleRow,
-    data_identity,
-    read_result,
-    rows_of,
+from bench.identity import canonical_json, digest
+from bench.results import MeasurementRecord, Result
+from bench.runs import (
+    Run,
+    defense_key,
+    does_nothing,
+    family_key,
+    group_key,
+    is_control,
+    is_mean,
+    points_of,
+    primary,
 )
 from bench.stats import (
     Difference,
@@ -30,6 +34,7 @@ from bench.stats import (
     paired_difference,
     share_of_wins,
 )
+from bench.worst_case import Family, Matrix, families, make_matrix, worst_runs
 
 DEFENSE_STAGES = ("protect", "repair")
 """Stages whose cost is the defense's."""
@@ -60,7 +65,8 @@ class Delta:
 class Line:
     """One defense on one board. ``rank`` is None where it is listed but not ranked, and then ``reason`` says why;
     ``tied``: its rank is shared. ``best``: share of resamplings in which it comes first. ``seconds``: of its own
-    stage, mean over cells. ``scores`` and ``deltas`` by column name."""
+    stage, mean over cells. ``scores`` and ``deltas`` by column name. ``surrogate``: the model it protected on, where
+    that is not the attacked one."""
 
     label: str
     name: str
@@ -76,11 +82,16 @@ class Line:
     tied: bool = False
     best: float | None = None
     reason: str = ""
+    surrogate: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """One board. The first column is the one that ranks."""
+    """One board. The first column is the one that ranks.
+
+    ``family``: shared by boards that differ in purifier alone. ``worst_of``: of a worst-case board, the purifiers, and
+    ``matrix`` shows each of them. ``unpurified``: the board of photos as they were published.
+    """
 
     id: str
     track: str
@@ -93,6 +104,10 @@ class Table:
     controls: tuple[str, ...]
     lines: tuple[Line, ...]
     notes: tuple[str, ...] = ()
+    family: str = ""
+    unpurified: bool = False
+    worst_of: tuple[str, ...] = ()
+    matrix: Matrix | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +135,7 @@ class Entry:
 
     @property
     def control(self) -> bool:
-        return bool(self.cells[0].result.cell.defense.facts.get("control"))
+        return is_control(self.cells[0].result.cell.defense)
 
     @property
     def eps(self) -> float | None:
@@ -128,45 +143,46 @@ class Entry:
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-@dataclass(frozen=True)
-class Run:
-    """A result with its rows by measurement."""
-
-    result: Result
-    rows: Mapping[str, Sequence[SampleRow]]
-
-    def measured(self, column: Column) -> MeasurementRecord | None:
-        found = self.result.measurement(column.name.partition("~")[0])
-        return found if found and found.protocol_hash == column.protocol_hash else None
-
-
-def read_run(folder: Path) -> Run:
-    result = read_result(folder)
-    rows: dict[str, list[SampleRow]] = {}
-    for row in rows_of(result, folder):
-        rows.setdefault(row.metric, []).append(row)
-    return Run(result, rows)
-
-
 def make_boards(suite: str, runs: Sequence[Run], notes: Iterable[str] = ()) -> Boards:
     """Group cells by what a comparison must share, and make a board of each group."""
     ordered = sorted(runs, key=lambda run: run.result.cell.id)
-    groups: dict[str, list[Run]] = {}
-    for run in ordered:
-        groups.setdefault(group_key(run.result), []).append(run)
-    tables = [table for group in groups.values() for table in group_tables(group)]
-    tables.sort(key=lambda t: (t.track, t.attack, t.model, t.data, t.purifier, t.id))
+    tables = [table for family in grouped(ordered, family_key) for table in family_tables(family)]
+    tables.sort(key=in_order)
     stamps = tuple(sorted({run.result.stamp for run in ordered if run.result.stamp}))
     counts = Counter(run.result.status for run in ordered)
     return Boards(suite, stamps, {status: counts[status] for status in sorted(counts)}, tuple(tables), tuple(notes))
 
 
-def group_key(result: Result) -> str:
-    """The same for all cells that differ in defense and seed alone."""
-    cell = result.cell
-    purifier = cell.purifier.identity() if cell.purifier else None
-    return digest([cell.track, cell.model.digest or cell.model.name, data_identity(cell), cell.attack.identity(),
-                   purifier, cell.protocol])
+def grouped(runs: Sequence[Run], key: Callable[[Result], str]) -> list[list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(key(run.result), []).append(run)
+    return list(found.values())
+
+
+def in_order(table: Table) -> tuple[object, ...]:
+    """Boards of one family together, those of the plainer protocol before others; the worst case first."""
+    return (table.track, table.attack, table.model, table.data, len(table.protocol), canonical_json(table.protocol),
+            table.family, not table.worst_of, not table.unpurified, table.purifier, table.id)
+
+
+def family_tables(family: Sequence[Run]) -> list[Table]:
+    """A board per purifier, and the worst case where there are several."""
+    tables = [table for group in grouped(family, group_key) for table in group_tables(group)]
+    name = family_key(family[0].result)
+    return [replace(table, family=name) for table in [*tables, *map(worst_table, families(family))]]
+
+
+def worst_table(family: Family) -> Table:
+    """The board of the worst case, with the matrix of what it is the worst of."""
+    runs = worst_runs(family)
+    table = make_table(runs, family.name, family.title)
+    ranked = table.columns[0]
+    keys = {entry.label: defense_key(entry.cells[0].result.cell) for entry in find_entries(runs, [])}
+    lines = {keys[line.label]: (line.label, line.scores[ranked.name])
+             for line in table.lines if line.status in ("ok", "incomplete")}
+    matrix = make_matrix(family, ranked.unit, bool(ranked.higher_is_better), lines)
+    return replace(table, unpurified=False, worst_of=tuple(family.purifiers.values()), matrix=matrix)
 
 
 def group_tables(group: Sequence[Run]) -> list[Table]:
@@ -177,13 +193,6 @@ def group_tables(group: Sequence[Run]) -> list[Table]:
     protocols = sorted(set(hashes.values())) or [""]
     return [make_table([run for run in group if hashes.get(run.result.cell.id, protocol) == protocol], name, protocol)
             for protocol in protocols]
-
-
-def primary(group: Sequence[Run]) -> str:
-    """The measurement that ranks: the one that most results name first, among those with a better direction."""
-    firsts = [next((m.name for m in run.result.measurements if m.higher_is_better is not None), "") for run in group]
-    counts = Counter(name for name in firsts if name)
-    return min(counts, key=lambda name: (-counts[name], name), default="")
 
 
 def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
@@ -198,7 +207,7 @@ def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
     return Table(
         digest([group_key(runs[0].result), protocol]), cell.track, cell.model.name, cell.data.label,
         cell.attack.label, cell.purifier.label if cell.purifier else "none", cell.protocol, tuple(columns), names,
-        tuple(lines), tuple(missing(lines, columns)),
+        tuple(lines), tuple(missing(lines, columns)), unpurified=does_nothing(cell.purifier),
     )
 
 
@@ -207,8 +216,8 @@ def find_columns(runs: Sequence[Run], name: str) -> list[Column]:
     protocols gets a column for each, told apart by the start of its hash."""
     found: dict[tuple[str, str], MeasurementRecord] = {}
     for run in runs:
-        for measured in run.result.measurements:
-            found.setdefault((measured.name, measured.protocol_hash), measured)
+        for one in run.result.measurements:
+            found.setdefault((one.name, one.protocol_hash), one)
     times = Counter(measurement for measurement, _ in found)
     columns = [Column(m.name if times[m.name] == 1 else f"{m.name}~{h[:4]}", m.unit, m.higher_is_better, h)
                for (_, h), m in found.items()]
@@ -216,13 +225,13 @@ def find_columns(runs: Sequence[Run], name: str) -> list[Column]:
 
 
 def find_entries(runs: Sequence[Run], columns: Sequence[Column]) -> list[Entry]:
-    """One per defense with its options; those that share a label get the options that tell them apart."""
-    grouped: dict[str, list[Run]] = {}
+    """One per defense with its options and surrogate; those that share a label get the options that tell them apart."""
+    by_key: dict[str, list[Run]] = {}
     for run in runs:
-        grouped.setdefault(digest(run.result.cell.defense.identity()), []).append(run)
-    labels = unique_labels({key: cells[0].result for key, cells in grouped.items()})
+        by_key.setdefault(defense_key(run.result.cell), []).append(run)
+    labels = unique_labels({key: cells[0].result for key, cells in by_key.items()})
     entries = []
-    for key, cells in grouped.items():
+    for key, cells in by_key.items():
         entry = Entry(labels[key], sorted(cells, key=lambda run: run.result.cell.seed))
         entry.points = {column.name: find_points(entry.finished, column) for column in columns}
         entries.append(entry)
@@ -240,31 +249,31 @@ def unique_labels(firsts: Mapping[str, Result]) -> dict[str, str]:
         options = [f"{name}={defense.parameters[name]}" for name in differing]
         if len({twin.version for twin in twins}) > 1:
             options.append(f"version {defense.version}")
-        labels[key] = " ".join([defense.label, *options])
+        labels[key] = " ".join([defense.label, *options, *on_surrogate(firsts[key], firsts.values())])
     return labels
+
+
+def on_surrogate(result: Result, others: Iterable[Result]) -> list[str]:
+    """The words that name a line's surrogate; with the start of its digest where another model has that name."""
+    model = result.cell.surrogate
+    if model is None:
+        return []
+    namesakes = {r.cell.surrogate.digest for r in others if r.cell.surrogate and r.cell.surrogate.name == model.name}
+    return ["on", model.name if len(namesakes) == 1 else f"{model.name} {model.digest[:6]}"]
 
 
 def find_points(runs: Sequence[Run], column: Column) -> list[Point]:
     """Samples of one column over all seeds. Where a value is not the mean of its rows, or has none (FID), each
     seed's value is one point."""
-    found = [(run, measured) for run in runs if (measured := run.measured(column)) and measured.value is not None]
-    if all(is_mean(measured, run.rows.get(measured.name, ())) for run, measured in found):
-        return [Point(unit_of(run.result, row), f"{run.result.cell.seed}/{row.sample}", row.value)
-                for run, measured in found for row in run.rows[measured.name] if row.value is not None]
-    return [Point(f"seed {run.result.cell.seed}", "", measured.value)
-            for run, measured in found if measured.value is not None]
+    found = [(run, m) for run in runs if (m := measured(run, column)) and m.value is not None]
+    if all(is_mean(m, run.rows.get(m.name, ())) for run, m in found):
+        return [point for run, m in found for point in points_of(run, m.name)]
+    return [Point(f"seed {run.result.cell.seed}", "", m.value) for run, m in found if m.value is not None]
 
 
-def is_mean(measured: MeasurementRecord, rows: Sequence[SampleRow]) -> bool:
-    values = [row.value for row in rows if row.value is not None]
-    if not values or measured.value is None:
-        return False
-    return math.isclose(math.fsum(values) / len(values), measured.value, rel_tol=1e-5, abs_tol=1e-6)
-
-
-def unit_of(result: Result, row: SampleRow) -> str:
-    """The unit of statistics: a subject stays one over all seeds, a backdoor is implanted anew with each."""
-    return f"{row.cluster}/s{result.cell.seed}" if result.cell.track == "backdoor" else row.cluster
+def measured(run: Run, column: Column) -> MeasurementRecord | None:
+    found = run.result.measurement(column.name.partition("~")[0])
+    return found if found and found.protocol_hash == column.protocol_hash else None
 
 
 def expected(entries: Sequence[Entry], columns: Sequence[Column]) -> set[tuple[int, str]]:
@@ -288,13 +297,14 @@ def make_line(entry: Entry, columns: Sequence[Column], controls: Sequence[Entry]
     status, reason = standing(entry, columns, wanted)
     knows = defense.facts.get("knows") or ()
     return Line(entry.label, defense.name, status, entry.control, tuple(map(str, knows)), entry.eps,
-                tuple(run.result.cell.seed for run in entry.finished), scores, deltas, cost(entry), reason=reason)
+                tuple(run.result.cell.seed for run in entry.finished), scores, deltas, cost(entry), reason=reason,
+                surrogate=surrogate.name if (surrogate := entry.cells[0].result.cell.surrogate) else "")
 
 
 def estimate(entry: Entry, column: Column) -> Estimate:
     """Pooled over seeds. A single value without rows keeps the interval that its metric gave."""
     points = entry.points[column.name]
-    found = [m for run in entry.finished if (m := run.measured(column))]
+    found = [m for run in entry.finished if (m := measured(run, column))]
     if not points:
         reasons = sorted({m.reason for m in found if m.reason})
         return Estimate(None, None, None, 0, 0, "; ".join(reasons) or "not measured")
@@ -348,7 +358,8 @@ def standing(entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str
     said = [f"seed {r.cell.seed} failed: {r.error.type}: {first_line(r.error.message)}" for r in broken if r.error]
     if not entry.finished:
         return ("failed" if broken else "n/a"), "; ".join([*said, *barred])
-    lacking = [*said, *barred, *gaps(entry, columns, wanted)]
+    lacks = list(dict.fromkeys(lack for run in entry.finished for lack in run.lacks))
+    lacking = [*said, *barred, *(lacks or gaps(entry, columns, wanted))]
     return ("incomplete", "; ".join(lacking)) if lacking else ("ok", "")
 
 
@@ -361,7 +372,7 @@ def gaps(entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str]]) 
     if not columns:
         return ["nothing was measured"]
     have = covered(entry, columns[0])
-    rows = [row for run in entry.finished if (m := run.measured(columns[0])) for row in run.rows.get(m.name, ())]
+    rows = [row for run in entry.finished if (m := measured(run, columns[0])) for row in run.rows.get(m.name, ())]
     empty = sum(row.value is None for row in rows)
     seeds = sorted({seed for seed, _ in wanted} - {seed for seed, _ in have})
     units = wanted - have - {pair for pair in wanted if pair[0] in seeds}
@@ -401,8 +412,8 @@ def rank(lines: Sequence[Line], entries: Sequence[Entry], columns: Sequence[Colu
 
 
 def missing(lines: Sequence[Line], columns: Sequence[Column]) -> list[str]:
-    """Why numbers are missing on lines that ran."""
-    ran = [line for line in lines if line.status in ("ok", "incomplete")]
+    """Why numbers are missing on lines that have others."""
+    ran = [line for line in lines if any(score.value is not None for score in line.scores.values())]
     why: dict[tuple[str, str], list[str]] = {}
     for line in ran:
         for column in columns:

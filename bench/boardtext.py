@@ -10,10 +10,12 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from bench.boards import Boards, Column, Delta, Line, Table
 from bench.stats import Difference, Estimate
+from bench.worst_case import Matrix, MatrixRow
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
 WIDEST = 120
 ACROSS = 5
 """Measurements side by side on a terminal."""
+DETAILED = 3
+"""Purifiers of one attack up to which each has its board on the page; of more, only the unpurified one has."""
 DASH = "–"
 LEGEND = (
     "Arrows point to where the defender wants to be. Brackets: 95 % intervals, resampled over units (subjects, or "
@@ -111,7 +115,9 @@ def place(line: Line) -> str:
 
 
 def ran(table: Table) -> list[Line]:
-    return [line for line in table.lines if line.status in ("ok", "incomplete")]
+    """Lines with a number; the others stand among those that are not ranked."""
+    return [line for line in table.lines if line.status in ("ok", "incomplete")
+            and (line.status == "ok" or any(score.value is not None for score in line.scores.values()))]
 
 
 def sample_size(line: Line, column: Column) -> str:
@@ -163,28 +169,78 @@ def others(table: Table, across: int) -> Iterator[Sheet]:
 
 
 def unranked(table: Table) -> Sheet | None:
-    """Lines without a rank, and why."""
+    """Lines without a rank, and why; of a worst case those of one reason together, for they may be many."""
     lines = [line for line in table.lines if line.status != "ok"]
     if not lines:
         return None
-    return Sheet("Not ranked", ("defense", "status", "reason"),
-                 tuple((about(line), Shown(line.status), Shown(line.reason)) for line in lines))
+    rows = [(about(line), Shown(line.status), Shown(line.reason)) for line in lines]
+    if table.worst_of:
+        reasons = dict.fromkeys((line.status, line.reason) for line in lines)
+        rows = [(Shown(", ".join(line.label for line in lines if (line.status, line.reason) == (status, reason))),
+                 Shown(status), Shown(reason)) for status, reason in reasons]
+    return Sheet("Not ranked", ("defense", "status", "reason"), tuple(rows))
+
+
+def matrix_sheets(matrix: Matrix, across: int) -> Iterator[Sheet]:
+    """Defenses by purifiers, ``across`` of them to a sheet."""
+    decimals = places([score.value for row in matrix.rows for score in row.cells])
+    arrow = "↑" if matrix.higher_is_better else "↓"
+    for start in range(0, len(matrix.columns), across):
+        part = slice(start, start + across)
+        rows = tuple((matrix_label(row), *(shown_score(score, decimals) for score in row.cells[part]))
+                     for row in matrix.rows)
+        yield Sheet(f"{matrix.measurement} {arrow} under each purifier" + (" (continued)" if start else ""),
+                    ("defense", *matrix.columns[part]), rows)
+
+
+def matrix_label(row: MatrixRow) -> Shown:
+    return Shown(row.label, "clean photos" if row.clean else "control" if row.control else "")
 
 
 def sheets(table: Table, across: int) -> list[Sheet]:
     ranked = [ranking(table), *others(table, across)] if table.columns and ran(table) else []
+    matrix = matrix_sheets(table.matrix, across) if table.matrix else ()
     rest = unranked(table)
-    return [*ranked, *([rest] if rest else [])]
+    return [*ranked[:1], *matrix, *ranked[1:], *([rest] if rest else [])]
+
+
+def notes(table: Table) -> list[str]:
+    return [*(table.matrix.notes if table.matrix else ()), *table.notes]
+
+
+def sections(tables: Sequence[Table]) -> Iterator[tuple[Table, list[Table], list[str]]]:
+    """Boards as a reader wants them: the one that leads, those that follow under its heading, and the purifiers whose
+    boards are left to the data files. Boards without a worst case stand alone."""
+    for _, of in groupby(tables, key=lambda table: table.family or table.id):
+        family = list(of)
+        if not family[0].worst_of:
+            yield from ((table, [], []) for table in family)
+            continue
+        leads = [table for table in family if table.worst_of]
+        rest = [table for table in family if not table.worst_of]
+        few = len(rest) <= DETAILED
+        shown = [table for table in rest if few or table.unpurified]
+        yield leads[0], [*leads[1:], *shown], [table.purifier for table in rest if table not in shown]
+
+
+def left_out(purifiers: Sequence[str]) -> str:
+    return f"The boards under {', '.join(purifiers)} are in leaderboard.csv and leaderboard.json."
 
 
 def title(table: Table) -> str:
     return f"{table.track}: {table.attack} on {table.model}"
 
 
+def short_title(table: Table) -> str:
+    """Under the heading of its family."""
+    return table.purifier if table.worst_of else f"purifier {table.purifier}"
+
+
 def subtitle(table: Table) -> str:
     protocol = ", ".join(f"{k} {_brief(v)}" for k, v in table.protocol.items())
     size = common_size(table)
-    parts = [f"data {table.data}", f"purifier {table.purifier}", f"protocol {protocol}" if protocol else "",
+    purifier = table.purifier if table.worst_of else f"purifier {table.purifier}"
+    parts = [f"data {table.data}", purifier, f"protocol {protocol}" if protocol else "",
              f"n = {size}" if size else "", f"board {table.id[:8]}"]
     return " · ".join(part for part in parts if part)
 
@@ -225,14 +281,22 @@ def markdown(boards: Boards) -> str:
     for stamp in boards.stamps:
         lines += [f"**{escaped(stamp)}**", ""]
     lines += [overview(boards), ""]
-    for table in boards.tables:
-        lines += [f"## {escaped(title(table))}", "", escaped(subtitle(table)), ""]
-        for sheet in sheets(table, across=len(table.columns)):
-            lines += [f"**{escaped(sheet.title)}**", "", *markdown_rows(sheet), ""]
-        lines += [f"- {escaped(note)}" for note in table.notes] + ([""] if table.notes else [])
+    for lead, others, hidden in sections(boards.tables):
+        lines += [f"## {escaped(title(lead))}", "", *markdown_table(lead)]
+        for table in others:
+            lines += [f"### {escaped(short_title(table))}", "", *markdown_table(table)]
+        lines += [escaped(left_out(hidden)), ""] if hidden else []
     if boards.notes:
         lines += [*(f"- {escaped(note)}" for note in boards.notes), ""]
     return "\n".join([*lines, "---", "", *(f"{escaped(text)}\n" for text in LEGEND)]).rstrip("\n") + "\n"
+
+
+def markdown_table(table: Table) -> list[str]:
+    lines = [escaped(subtitle(table)), ""]
+    for sheet in sheets(table, across=max(len(table.columns), len(table.matrix.columns) if table.matrix else 0)):
+        lines += [f"**{escaped(sheet.title)}**", "", *markdown_rows(sheet), ""]
+    said = notes(table)
+    return lines + [f"- {escaped(note)}" for note in said] + ([""] if said else [])
 
 
 def markdown_rows(sheet: Sheet) -> Iterator[str]:
@@ -258,8 +322,11 @@ def print_terminal(boards: Boards, width: int | None = None) -> None:
     console.print(Text(f"Leaderboard: {printable(boards.suite)}  ({overview(boards)})", style="bold"))
     for stamp in boards.stamps:
         console.print(Text(printable(stamp), style="bold yellow"))
-    for table in boards.tables:
-        print_table(table, console)
+    for lead, others, hidden in sections(boards.tables):
+        for table in (lead, *others):
+            print_table(table, console)
+        if hidden:
+            console.print(Text(printable(left_out(hidden)), style="dim"))
     for text in [*boards.notes, "", *LEGEND]:
         console.print(Text(printable(text), style="dim"))
 
@@ -272,7 +339,7 @@ def print_table(table: Table, console: Console) -> None:
     console.print(Text(printable(subtitle(table)), style="dim"))
     for sheet in sheets(table, ACROSS if console.width >= 105 else 3):
         console.print(drawn(sheet))
-    for note in table.notes:
+    for note in notes(table):
         console.print(Text(f"{DASH} {printable(note)}", style="dim"))
 
 
@@ -297,7 +364,8 @@ def drawn(sheet: Sheet) -> Any:
 
 
 HEAD = (
-    "board", "track", "model", "data", "attack", "purifier", "defense", "control", "knows", "eps", "status", "rank",
+    "board", "part", "track", "model", "data", "attack", "purifier", "defense", "surrogate", "control", "knows", "eps",
+    "status", "rank",
     "tied", "reason", "seeds", "measurement", "unit", "better", "value", "low", "high", "n", "units",
     "missing_because", "seconds", "protocol_hash",
 )
@@ -305,7 +373,8 @@ DELTA_HEAD = ("control_name", "difference", "difference_low", "difference_high",
 
 
 def comma_separated(boards: Boards) -> str:
-    """One row per board, defense, measurement and control; a row without control for lines that have none."""
+    """One row per board, defense, measurement and control; a row without control for lines that have none. Of a matrix
+    a row per defense and column."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*HEAD, *DELTA_HEAD])
@@ -313,13 +382,26 @@ def comma_separated(boards: Boards) -> str:
         for line in table.lines:
             for column in table.columns or (None,):
                 writer.writerows(csv_rows(table, line, column))
+        writer.writerows(csv_matrix(table, table.matrix) if table.matrix else ())
     return out.getvalue()
 
 
+def csv_matrix(table: Table, matrix: Matrix) -> Iterator[list[object]]:
+    better = "higher" if matrix.higher_is_better else "lower"
+    for row in matrix.rows:
+        for column, score in zip(matrix.columns, row.cells, strict=True):
+            known = {"board": table.id, "part": "matrix", "track": table.track, "model": table.model,
+                     "data": table.data, "attack": table.attack, "purifier": column, "defense": row.label,
+                     "control": int(row.control), "measurement": matrix.measurement, "unit": matrix.unit,
+                     "better": better, "value": score.value, "low": score.low, "high": score.high, "n": score.n,
+                     "units": score.units, "missing_because": score.reason}
+            yield [_data(known.get(name)) for name in (*HEAD, *DELTA_HEAD)]
+
+
 def csv_rows(table: Table, line: Line, column: Column | None) -> Iterator[list[object]]:
-    where = [table.id, table.track, table.model, table.data, table.attack, table.purifier, line.label,
-             int(line.control), " ".join(line.knows), line.eps, line.status, line.rank, int(line.tied), line.reason,
-             " ".join(map(str, line.seeds))]
+    where = [table.id, "board", table.track, table.model, table.data, table.attack, table.purifier, line.label,
+             line.surrogate, int(line.control), " ".join(line.knows), line.eps, line.status, line.rank, int(line.tied),
+             line.reason, " ".join(map(str, line.seeds))]
     if column is None:
         yield [_data(v) for v in [*where, *[None] * (len(HEAD) - len(where) + len(DELTA_HEAD))]]
         return
@@ -334,8 +416,14 @@ def csv_rows(table: Table, line: Line, column: Column | None) -> Iterator[list[o
 
 
 def as_json(boards: Boards) -> str:
-    """Everything that the boards say."""
-    return json.dumps(_rounded(asdict(boards)), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """Everything that the boards say, a line per board."""
+    parts = _rounded(asdict(boards))
+    tables = ",\n".join(_dumped(table) for table in parts.pop("tables"))
+    return _dumped(parts)[:-1] + f',"tables":[\n{tables}\n]}}\n'
+
+
+def _dumped(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _rounded(value: Any) -> Any:

@@ -13,7 +13,6 @@ from typing import Any
 
 from bench.errors import BenchError
 
-
 ADDED = "added"
 """Metadata of a dataclass field that came later than the first stored identities."""
 

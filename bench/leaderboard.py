@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.boards import Boards, make_boards, read_run
+from bench.boards import Boards, make_boards
 from bench.boardtext import as_json, comma_separated, markdown, print_terminal
 from bench.errors import BenchError
 from bench.files import told, write_atomically
 from bench.results import result_folders
+from bench.runs import read_run
 
 __all__ = ["Boards", "print_boards", "read_boards", "write_boards"]
 

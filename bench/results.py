@@ -348,10 +348,16 @@ def blocks(rows: Sequence[SampleRow]) -> list[Block]:
     for (cluster, metric), column in columns.items():
         samples = [row.sample for row in column]
         block = found.setdefault((cluster, tuple(samples)), Block(cluster, samples, {}))
-        block.values[metric] = [None if row.value is None else float(f"{row.value:.7g}") for row in column]
+        block.values[metric] = [None if row.value is None else _short(row.value) for row in column]
         if reasons := {str(place): row.reason for place, row in enumerate(column) if row.reason}:
             block.reasons[metric] = reasons
     return list(found.values())
+
+
+def _short(value: float) -> float:
+    """A number whose JSON text is short: 0.3333333, and 1 for 1.0."""
+    rounded = float(f"{value:.7g}")
+    return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e6 else rounded
 
 
 def _block_line(block: Block) -> str:

@@ -1,6 +1,6 @@
 """Intervals and comparisons over units of statistics: subjects, or implanted models, never single images.
 
-Everything is deterministic: a resampling draws from a generator that is seeded by the data themselves.
+Everything is deterministic: data of equally many units are resampled by the same draws, made once.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cache
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import numpy as np
@@ -121,14 +122,21 @@ def sign_flip(sums: NDArray[np.float64]) -> float:
     """
     import numpy as np
 
-    k = len(sums)
+    totals = np.abs(_signs(len(sums)) @ sums)
+    return float((totals >= abs(sums.sum()) * (1 - 1e-12) - 1e-15).mean())
+
+
+@cache
+def _signs(k: int) -> NDArray[np.float64]:
+    """All signs of k units, or 20000 draws of them: [draws, k]."""
+    import numpy as np
+
     if k <= EXACT:
         signs = (np.arange(2**k)[:, None] >> np.arange(k)) % 2 * 2 - 1
     else:
-        signs = _generator(sums).integers(0, 2, (20000, k)) * 2 - 1
+        signs = _generator("signs", k).integers(0, 2, (20000, k)) * 2 - 1
         signs[0] = 1  # the data themselves count as one of the draws, so that p is never 0
-    totals = np.abs(signs @ sums)
-    return float((totals >= abs(sums.sum()) * (1 - 1e-12) - 1e-15).mean())
+    return _shared(signs)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -152,7 +160,7 @@ def share_of_wins(rows: Mapping[str, Sequence[Point]], lower_is_better: bool, re
     if len(common) < FEWEST:
         return {}
     values = np.array([[tables[name][unit] for unit in common] for name in rows])
-    weights = _weights(len(common), resamples, _generator(values))
+    weights = _weights(len(common), resamples)
     scores = weights @ values.T * (1 if lower_is_better else -1)
     best = np.isclose(scores, scores.min(axis=1, keepdims=True), rtol=0, atol=1e-12)
     shares = (best / best.sum(axis=1, keepdims=True)).mean(axis=0)
@@ -179,18 +187,27 @@ def _by_unit(points: Sequence[Point]) -> tuple[NDArray[np.float64], NDArray[np.f
 
 
 def _resampled_means(sums: NDArray[np.float64], counts: NDArray[np.float64], resamples: int) -> NDArray[np.float64]:
-    import numpy as np
-
-    weights = _weights(len(sums), resamples, _generator(np.stack([sums, counts])))
+    weights = _weights(len(sums), resamples)
     means: NDArray[np.float64] = (weights @ sums) / (weights @ counts)
     return means
 
 
-def _weights(units: int, resamples: int, generator: np.random.Generator) -> NDArray[np.float64]:
+@cache
+def _weights(units: int, resamples: int) -> NDArray[np.float64]:
     """How often each unit was drawn: [resamples, units]."""
     import numpy as np
 
-    return generator.multinomial(units, np.full(units, 1 / units), size=resamples).astype(np.float64)
+    drawn = _generator("units", units, resamples).multinomial(units, np.full(units, 1 / units), size=resamples)
+    return _shared(drawn)
+
+
+def _shared(draws: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Draws that many computations use, so that none may change them."""
+    import numpy as np
+
+    made = draws.astype(np.float64)
+    made.flags.writeable = False
+    return made
 
 
 def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
@@ -200,8 +217,8 @@ def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _generator(data: Any) -> np.random.Generator:
+def _generator(*names: str | int) -> np.random.Generator:
     import numpy as np
 
-    content = hashlib.sha256(np.ascontiguousarray(data).tobytes()).digest()
+    content = hashlib.sha256("/".join(map(str, names)).encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(content[:16], "big")))

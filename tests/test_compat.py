@@ -12,7 +12,8 @@ BACKDOOR = ("attack=fake_implant", "model=plain", "data=fake_pictures")
 
 
 @pytest.mark.parametrize("words", [
-    (), ("defense=fake_shield",), ("defense=fake_optimiser", "surrogate=other"), ("purifier=fake_wash",), BACKDOOR, (*BACKDOOR, "defense=fake_cleaner"),
+    (), ("defense=fake_shield",), ("defense=fake_optimiser", "surrogate=other"),
+    ("purifier=fake_wash",), BACKDOOR, (*BACKDOOR, "defense=fake_cleaner"),
 ])
 def test_pairs_that_can_run(compose: Compose, words: tuple[str, ...]) -> None:
     assert check(cell_of(compose, *words)) is None

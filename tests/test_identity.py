@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.errors import BenchError
-from bench.identity import canonical_json, digest, file_digest, folder_digest
+from bench.identity import added, canonical_json, digest, file_digest, folder_digest
 
 
 class Colour(Enum):
@@ -74,3 +74,14 @@ def test_file_and_folder_digests(tmp_path: Path) -> None:
     assert folder_digest(tmp_path / "two") == before
     (tmp_path / "two" / "in" / "f").rename(tmp_path / "two" / "g")
     assert folder_digest(tmp_path / "two") != before
+
+
+@dataclass
+class Grown:
+    eps: float = 16.0
+    later: float = added(0.0)
+
+
+def test_a_field_that_was_added_later_is_left_out_while_it_means_as_before() -> None:
+    assert canonical_json(Grown()) == '{"eps":16.0}'
+    assert canonical_json(Grown(later=0.5)) == '{"eps":16.0,"later":0.5}'

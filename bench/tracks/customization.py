@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 PICTURED = 2
-"""Subjects whose strips a result keeps."""
+"""Subjects whose strips a result keeps, and photos on a strip."""
 
 
 def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
@@ -183,7 +183,7 @@ def pictures(evidence: CustomizationEvidence) -> dict[str, Tensor]:
 def strip(subject: Subject, evidence: CustomizationEvidence) -> Tensor:
     import torch
 
-    original, protected = subject.published.pixels[:4], evidence.protected[subject.name].pixels[:4]
+    original, protected = subject.published.pixels[:PICTURED], evidence.protected[subject.name].pixels[:PICTURED]
     change = ((protected.int() - original.int()) * 10 + 128).clamp(0, 255).to(torch.uint8)
     drawn = fitted(evidence.generated[subject.name].images.pixels[: len(original)], original.shape[-1])
     rows = [original, protected, change, drawn]
