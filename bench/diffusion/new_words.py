@@ -77,7 +77,7 @@ def read_rows(file: Path, width: int) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     state = load_file(file)
-    found = {word: torch.atleast_2d(rows) for word, rows in state.items()}
+    found = {word: rows[None] if rows.ndim == 1 else rows for word, rows in state.items()}
     if len(found) != 1 or any(rows.ndim != 2 or rows.shape[1] != width for rows in found.values()):
         shapes = {word: tuple(rows.shape) for word, rows in state.items()}
         raise BenchError(f"adapter: '{file}' holds {shapes}, but this text encoder takes one word with rows of "

@@ -212,3 +212,11 @@ def test_a_rate_that_blows_up_is_one_clear_error(model: Model, tmp_path: Path) -
     prompts = tokenise(with_words(components.tokenizer, ["<sks>"]), ["<sks>"])
     with pytest.raises(BenchError, match="the loss is nan; lower attack.lr"):
         QUICK.learn(components, rows, encode_images(components.vae, photos()), prompts, Context("key", tmp_path))
+
+
+def test_a_published_file_of_one_flat_row_is_read(model: Model, tmp_path: Path) -> None:
+    file = tmp_path / "learned_embeds.safetensors"
+    save_file({"<cat-toy>": torch.arange(16.0)}, file)
+    pipeline = load_pipeline(replace(model, adapters=(Adapter("textual_inversion", file),)))
+    [place] = pipeline.tokenizer("<cat-toy>", add_special_tokens=False).input_ids
+    assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight[place], torch.arange(16.0))
