@@ -176,7 +176,19 @@ def build(
     :class:`BenchError` for a missing choice and for whatever a plugin, the protocol or the model refuses.
     """
     root, made, metrics = root_of(cfg), {kind: plugin_of(cfg, kind) for kind in SINGLE}, metrics_of(cfg)
-    return assemble(root, made, metrics, choices or {}, overrides, resolve or _resolve)
+    return assemble(root, made, metrics, choices or {}, overrides, resolve or remembered())
+
+
+def remembered() -> Resolve:
+    """Finds models, each once: a model's weights are hashed."""
+    found: dict[tuple[str, bool], Model] = {}
+
+    def resolve(name: str, allow_pickle: bool) -> Model:
+        if (name, allow_pickle) not in found:
+            found[name, allow_pickle] = _resolve(name, allow_pickle)
+        return found[name, allow_pickle]
+
+    return resolve
 
 
 def assemble(

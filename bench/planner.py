@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, product, zip_longest
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from bench.compat import check
-from bench.config import Cell, build
+from bench.config import (
+    SINGLE,
+    Cell,
+    Config,
+    Resolve,
+    assemble,
+    build,
+    metrics_of,
+    plugin_of,
+    remembered,
+    root_of,
+)
 from bench.errors import BenchError
 from bench.explain import explained
 from bench.files import write_atomically
@@ -21,6 +33,9 @@ from bench.plugin import facts_of, parameters
 from bench.results import RESULT, Result, read_result
 
 PLAN = "plan.jsonl"
+METRICS = "metrics"
+PARTS = (*SINGLE, METRICS)
+"""Nodes of a config that are composed apart."""
 Compose = Callable[[Sequence[str]], DictConfig]
 """Overrides -> composed config, with Hydra's own node in it."""
 
@@ -94,9 +109,10 @@ def resolve_cells(points: Iterable[Sequence[str]], compose: Compose) -> list[Cel
     """Compose and build every point; equal cells are one. Raises once, with everything that is wrong."""
     cells: dict[str, Cell] = {}
     errors: dict[str, int] = {}
+    parts = Parts(compose)
     for point in points:
         try:
-            cell = cell_of(point, compose)
+            cell = parts.cell(point)
             cells.setdefault(cell.id, cell)
         except Exception as error:  # Hydra, OmegaConf and plugins each raise their own
             message = str(explained(error))
@@ -109,8 +125,89 @@ def resolve_cells(points: Iterable[Sequence[str]], compose: Compose) -> list[Cel
 def cell_of(point: Sequence[str], compose: Compose) -> Cell:
     """The cell of one list of overrides."""
     cfg = compose(point)
-    chosen = {str(k): str(v) for k, v in OmegaConf.select(cfg, "hydra.runtime.choices").items()}
-    return build(cfg, chosen, tuple(point))
+    return build(cfg, chosen(cfg), tuple(point))
+
+
+def chosen(cfg: DictConfig) -> dict[str, str]:
+    """Hydra group -> chosen option."""
+    return {str(k): str(v) for k, v in OmegaConf.select(cfg, "hydra.runtime.choices").items()}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kind of a composed config: its plugin, or metrics by name, and the option that was chosen for it."""
+
+    made: Any
+    choice: str
+
+
+@dataclass
+class Parts:
+    """Cells of a grid from parts: every defense, attack, ... is composed once, not once per cell.
+
+    A part is composed from the words that are about it and those that are about no plugin. Where a plugin's words
+    change anything else, say a preset that sets the seed, or a plugin's option refers to another node, or anything is
+    wrong, the point is composed as a whole.
+    """
+
+    compose: Compose
+    resolve: Resolve = field(default_factory=remembered)
+    configs: dict[tuple[str, ...], DictConfig] = field(default_factory=dict)
+    roots: dict[tuple[str, ...], Config] = field(default_factory=dict)
+    parts: dict[tuple[str, tuple[str, ...]], Part | None] = field(default_factory=dict)
+
+    def cell(self, point: Sequence[str]) -> Cell:
+        """The cell of one list of overrides, the same that ``cell_of`` gives."""
+        try:
+            cell = self._from_parts(point)
+        except Exception:  # whatever it is, the whole config says it better
+            cell = None
+        return cell or cell_of(point, self.compose)
+
+    def _from_parts(self, point: Sequence[str]) -> Cell | None:
+        rest = tuple(word for word in point if part_of(word) not in PARTS)
+        found = {}
+        for name in PARTS:
+            words = tuple(word for word in point if part_of(word) in ("", name))
+            part = self._part(name, rest, words)
+            if part is None:
+                return None
+            found[name] = part
+        if rest not in self.roots:
+            self.roots[rest] = root_of(self._config(rest))
+        made = {name: found[name].made for name in SINGLE}
+        return assemble(self.roots[rest], made, found[METRICS].made, {name: found[name].choice for name in SINGLE},
+                        tuple(point), self.resolve)
+
+    def _part(self, name: str, rest: tuple[str, ...], words: tuple[str, ...]) -> Part | None:
+        if (name, words) not in self.parts:
+            base, cfg = self._config(rest), self._config(words)
+            apart = without(base, name) == without(cfg, name) and "${" not in str(unresolved(cfg, name))
+            made = metrics_of(cfg) if name == METRICS else plugin_of(cfg, name)
+            self.parts[name, words] = Part(made, chosen(cfg).get(name, "")) if apart else None
+        return self.parts[name, words]
+
+    def _config(self, words: tuple[str, ...]) -> DictConfig:
+        if words not in self.configs:
+            self.configs[words] = self.compose(words)
+        return self.configs[words]
+
+
+def part_of(word: str) -> str:
+    """The part that an override is about, "" for none."""
+    name = re.split(r"[.@=]", word.lstrip("+~"), maxsplit=1)[0]
+    return name if name in PARTS else ""
+
+
+def unresolved(cfg: DictConfig, name: str) -> Any:
+    """A node of a config as it is written, with its references."""
+    node = cfg._get_node(name)
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else str(node)
+
+
+def without(cfg: DictConfig, name: str) -> dict[str, Any]:
+    """A config as it is written, but for one node and Hydra's own."""
+    return {str(key): unresolved(cfg, str(key)) for key in cfg if key not in (name, "hydra")}
 
 
 def _all(errors: Mapping[str, int]) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from omegaconf import DictConfig, OmegaConf
 
 from bench.cli import run
 from bench.config import Cell
 from bench.errors import BenchError
+from bench.planner import cell_of as whole
 from bench.planner import expand, in_order, resolve_cells
 from bench.results import read_result
 from tests.conftest import BASE, Compose
@@ -162,3 +165,36 @@ def _renamed(one: Cell) -> Cell:
 
 def test_a_cell_that_is_named_by_hand_has_a_title() -> None:
     assert cell("a").title() == "fake_shield (described) · fake_wash · fake_attack · text · seed 0"
+
+
+def test_cells_from_parts_are_those_composed_whole_from_fewer_configs(compose: Compose) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def counted(words: Sequence[str]) -> DictConfig:
+        asked.append(tuple(words))
+        return compose(words)
+
+    grid = {"defense": ["none", "fake_shield"], "purifier": ["none", "fake_wash"], "seed": [0, 1],
+            "attack.steps": [1, 2, 3], "metrics": "[fake_score]", "metrics.fake_score.n": 9}
+    points = expand([], [grid])
+    cells = resolve_cells(points, counted)
+    assert cells == [whole(point, compose) for point in points]
+    assert len(cells) == 24 and len(asked) <= 2 * (1 + 2 + 2 + 3 + 1)
+
+
+@pytest.mark.parametrize(("sets", "value", "expected"), [
+    ("seed", 7, [(7, 4.0), (7, 4.0)]), ("defense.eps", "${attack.steps}", [(0, 1.0), (0, 2.0)]),
+])
+def test_a_choice_that_reaches_beyond_its_node_is_composed_whole(
+    compose: Compose, sets: str, value: object, expected: list[tuple[int, float]],
+) -> None:
+    def reaching(words: Sequence[str]) -> DictConfig:
+        cfg = compose([word for word in words if word != "defense.eps=8"])
+        if "defense.eps=8" in words:
+            OmegaConf.update(cfg, sets, value)
+        return cfg
+
+    points = [["defense=fake_shield", "defense.eps=8", f"attack.steps={steps}"] for steps in (1, 2)]
+    cells = resolve_cells(points, reaching)
+    assert cells == [whole(point, reaching) for point in points]
+    assert [(cell.seed, cell.defense.eps) for cell in cells] == expected
