@@ -106,7 +106,7 @@ def test_the_learned_word_lowers_the_loss_on_the_photos(model: Model, tmp_path: 
     customised = attack.customise(photos(), "person", model, Context("key", tmp_path))
     fresh = replace(QUICK, steps=1, lr=1e-12).customise(photos(), "person", model, Context("key", tmp_path / "fresh"))
     losses = [held_loss(one.model) for one in (fresh, customised)]
-    assert losses[1] < losses[0]
+    assert losses[1] < losses[0] - 1e-3
 
 
 def held_loss(model: Model) -> float:
