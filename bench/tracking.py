@@ -111,7 +111,8 @@ def run_name(result: Result) -> str:
     """Defense, attack and seed: what one looks for in a list of runs."""
     cell = result.cell
     purifier = [cell.purifier.label] if cell.purifier and cell.purifier.name != "none" else []
-    return "/".join([cell.defense.label, *purifier, cell.attack.label, f"s{cell.seed}"])
+    defense = f"{cell.defense.label} on {cell.surrogate.name}" if cell.surrogate else cell.defense.label
+    return "/".join([defense, *purifier, cell.attack.label, f"s{cell.seed}"])
 
 
 def tags(result: Result) -> list[str]:

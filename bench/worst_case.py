@@ -100,8 +100,8 @@ def families(runs: Sequence[Run]) -> list[Family]:
     keys = {run.result.cell.id: measure_key(found) for run in runs
             if name and (found := run.result.measurement(name))}
     parts = [[run for run in runs if keys.get(run.result.cell.id, key) == key] for key in sorted(set(keys.values()))]
-    found = [Family(name, tuple(part), counted_purifiers(part, name)) for part in parts]
-    return [family for family in found if len(family.purifiers) >= FEWEST]
+    made = [Family(name, tuple(part), counted_purifiers(part, name)) for part in parts]
+    return [family for family in made if len(family.purifiers) >= FEWEST]
 
 
 def measure_key(measured: MeasurementRecord) -> str:

@@ -54,6 +54,7 @@ def test_a_block_is_a_product_and_the_command_line_goes_over_it() -> None:
     assert len(expand(["seed=1,2,3", "defense=d,e"], [block])) == 2 * 3 * 2
     assert expand(["seed=1,2"], []) == [["seed=1"], ["seed=2"]]
     assert len(expand([], [{"attack": "a,b"}, {"attack": "c"}])) == 3
+    assert expand([], [{"surrogate": ["", "m"]}]) == [["surrogate="], ["surrogate=m"]]
 
 
 @pytest.mark.parametrize("value", [{"a": 1}, [["x"]], []])
