@@ -17,12 +17,14 @@ from bench.diffusion.surrogate_free import gather
 from bench.errors import BenchError
 from bench.records import Model
 from defenses.advdm import AdvDm
+from defenses.encoder_ensemble import EncoderEnsemble
 from defenses.mist import Mist
 from defenses.photoguard import PhotoGuard
 from defenses.sds import Sds
 from tests.defenses.drawn import subject
 
-METHODS = [AdvDm(steps=3), PhotoGuard(steps=3), Mist(steps=3), Sds(steps=3, random_start=True)]
+METHODS = [AdvDm(steps=3), PhotoGuard(steps=3), Mist(steps=3), Sds(steps=3, random_start=True),
+           EncoderEnsemble(steps=3)]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
 
