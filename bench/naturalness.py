@@ -14,6 +14,7 @@ so scores of different data must not be compared; patches overlap by half, and s
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -158,7 +159,7 @@ def distance(one: Gaussian, other: Gaussian) -> float:
     """Equation 11: sqrt((m1 - m2)^T ((S1 + S2) / 2)^-1 (m1 - m2)), with the pseudo-inverse."""
     apart = one.mean - other.mean
     squared = apart @ np.linalg.pinv((one.covariance + other.covariance) / 2) @ apart
-    return float(np.sqrt(max(squared, 0.0)))
+    return math.sqrt(max(float(squared), 0.0))
 
 
 def scores(pixels: NDArray[np.uint8], clean: Gaussian, size: int) -> list[float]:

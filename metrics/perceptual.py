@@ -70,7 +70,7 @@ def distances(before: Tensor, after: Tensor, distance: Distance) -> list[float]:
     import torch
 
     with torch.no_grad():
-        parts = [distance(a, b) for a, b in zip(before.split(BATCH), after.split(BATCH), strict=True)]
+        parts = [distance(before[i:i + BATCH], after[i:i + BATCH]) for i in range(0, len(before), BATCH)]
     values: list[float] = torch.cat(parts).double().tolist()
     return values
 

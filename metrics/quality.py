@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 @plugin("metric", "no_reference_quality", track=("customization",),
         paper="Mittal et al., Making a 'Completely Blind' Image Quality Analyzer, IEEE Signal Processing Letters 2013")
 class NoReferenceQuality:
-    """``niqe`` of the generated pictures (higher: less like clean photos of this data), ``niqe_photos`` of the original
-    set B for comparison, and ``total_variation``, relative to the subject's clean photos (1: as much texture).
+    """Quality of the generated pictures by themselves: ``niqe`` and ``total_variation``, to be read beside ``ism``.
 
-    NIQE's model of clean pictures is fitted to sets A and C of all subjects, so its values hold for this data only.
-    ``patch``: side of NIQE's patches in pixels; 0: the paper's 96, less on small pictures (16 at 64 pixels). Noise and
-    blur raise NIQE steadily; blocks of strong JPEG compression hardly do.
+    ``niqe``: higher is less like clean photos of this data; ``niqe_photos``: the same of the original set B, for
+    comparison; ``total_variation``: relative to the subject's clean photos, 1 is as much texture. NIQE's model of
+    clean pictures is fitted to sets A and C of all subjects, so its values hold for this data only. ``patch``: side of
+    NIQE's patches in pixels; 0: the paper's 96, less on small pictures (16 at 64 pixels). Noise and blur raise NIQE
+    steadily; blocks of strong JPEG compression hardly do.
     """
 
     patch: int = 0
