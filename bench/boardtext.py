@@ -427,9 +427,9 @@ def _dumped(value: object) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to 8 digits: the last bits of a resampled mean depend on the machine's linear algebra."""
+    """Floats to 6 digits: the last bits of a resampled mean depend on the machine's linear algebra."""
     if isinstance(value, float):
-        return float(f"{value:.8g}")
+        return float(f"{value:.6g}")
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
     return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value

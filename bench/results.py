@@ -229,7 +229,8 @@ def plugin_record(instance: Any, label: str = "") -> PluginRecord:
 
 
 def stage_record(stage: str, key: str, cost: Cost, reused: bool) -> StageRecord:
-    return StageRecord(stage=stage, key=key, seconds=cost.seconds, peak_mb=cost.peak_mb, device=cost.device,
+    peak = None if cost.peak_mb is None else round(cost.peak_mb, 1)
+    return StageRecord(stage=stage, key=key, seconds=round(cost.seconds, 3), peak_mb=peak, device=cost.device,
                        reused=reused)
 
 
@@ -303,8 +304,9 @@ def _validated(result: Result, samples: SampleFile, images: list[str]) -> Result
 
 
 def _dump(result: Result) -> str:
-    """JSON with a line per part, and in lists a line per item: as small as one line, and a change is seen as one."""
-    parts = plain(result.model_dump(by_alias=True), "result")
+    """JSON with a line per part, and in lists a line per item: as small as one line, and a change is seen as one. What
+    has its default is left out."""
+    parts = {"schema": SCHEMA, **plain(result.model_dump(by_alias=True, exclude_defaults=True), "result")}
     return "{\n" + ",\n".join(f'"{name}": {_lines(part)}' for name, part in parts.items()) + "\n}\n"
 
 
@@ -339,8 +341,8 @@ def evidence(result: Result) -> dict[str, str]:
 
 
 def blocks(rows: Sequence[SampleRow]) -> list[Block]:
-    """Rows by cluster and by measurements of the same samples, each in the order of its first row. Values keep seven
-    digits, which is what single precision holds."""
+    """Rows by cluster and by measurements of the same samples, each in the order of its first row. Values keep six
+    digits."""
     columns: dict[tuple[str, str], list[SampleRow]] = {}
     for row in rows:
         columns.setdefault((row.cluster, row.metric), []).append(row)
@@ -355,8 +357,8 @@ def blocks(rows: Sequence[SampleRow]) -> list[Block]:
 
 
 def _short(value: float) -> float:
-    """A number whose JSON text is short: 0.3333333, and 1 for 1.0."""
-    rounded = float(f"{value:.7g}")
+    """A number whose JSON text is short: 0.333333, and 1 for 1.0."""
+    rounded = float(f"{value:.6g}")
     return int(rounded) if rounded == int(rounded) and abs(rounded) < 1e6 else rounded
 
 

@@ -101,7 +101,7 @@ def test_pooled_values_and_paired_differences(suite: Path) -> None:
     assert score.low < score.value < score.high
     delta = shield.deltas["ism"][0]
     assert delta.control == "none"
-    assert delta.difference.value == pytest.approx(statistics.fmean(rows) - statistics.fmean(other))
+    assert delta.difference.value == pytest.approx(statistics.fmean(rows) - statistics.fmean(other), abs=1e-6)
     assert delta.mark == "**"
     assert delta.difference.high - delta.difference.low < (score.high - score.low) / 5
     assert [d.control for d in none.deltas["ism"]] == ["noise"]
@@ -287,8 +287,8 @@ def test_csv_and_json_hold_what_the_page_shows(suite: Path) -> None:
     rows = list(csv.DictReader(io.StringIO((suite / "leaderboard.csv").read_text())))
     shield = next(r for r in rows if r["defense"] == "shield" and r["control_name"] == "none")
     found = line(boards.tables[0], "shield")
-    assert float(shield["value"]) == pytest.approx(found.scores["ism"].value, rel=1e-7)
-    assert float(shield["difference"]) == pytest.approx(found.deltas["ism"][0].difference.value, rel=1e-7)
+    assert float(shield["value"]) == pytest.approx(found.scores["ism"].value, rel=1e-5)
+    assert float(shield["difference"]) == pytest.approx(found.deltas["ism"][0].difference.value, rel=1e-5)
     assert (shield["rank"], shield["mark"], shield["better"]) == ("1", "**", "lower")
     data = json.loads((suite / "leaderboard.json").read_text())
     assert data["stamps"] == [STAMP]

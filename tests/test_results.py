@@ -76,7 +76,7 @@ def test_rows_of_one_cluster_share_a_line_and_keep_their_reasons(tmp_path: Path)
     assert {(r.metric, r.sample, r.cluster, r.reason) for r in found} == {
         (r.metric, r.sample, r.cluster, r.reason) for r in rows}
     by_name = {(r.metric, r.sample): r.value for r in found}
-    assert by_name["psnr", "s1/b"] == 24.12346 and by_name["fdfr", "s2/2"] == 0.3333333
+    assert by_name["psnr", "s1/b"] == 24.1235 and by_name["fdfr", "s2/2"] == 0.333333
     assert by_name["ism", "s1/1"] is None
 
 
