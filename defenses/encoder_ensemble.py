@@ -137,7 +137,7 @@ def hide(method: EncoderEnsemble, crowd: Crowd, ensemble: Sequence[Embed], ctx: 
 
     mask = to_unit(target_picture(method.target, crowd.x.shape[-1])).to(crowd.x)
     with torch.no_grad():
-        own = [torch.cat([f((x + 1) / 2) for x in crowd.x.split(method.pgd_batch)]) for f in ensemble]
+        own = [torch.cat([f((x + 1) / 2) for x in torch.split(crowd.x, method.pgd_batch)]) for f in ensemble]
         other = [f(mask) for f in ensemble]
     x = crowd.start(method.eps, method.random_start)
     for step in range(method.steps):

@@ -53,7 +53,8 @@ class Sds:
 
     As released, g leaves out the factor sqrt(abar_t) of dz_t/dz. Deviations that cost no meaning: one draw of the
     encoder's posterior serves both the error and its pull-back, where the released code draws twice, and the target's
-    latents are the posterior's mean, computed once.
+    latents are the posterior's mean, computed once. On a velocity-predicting model the error is that of the velocity, a
+    positive multiple: SDS+ and SDS- are the same, SDST's balance is not.
     """
 
     eps: float = 16.0

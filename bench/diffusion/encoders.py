@@ -70,7 +70,7 @@ def read_preparation(folder: Path, side: int) -> Preparation:
 def _side(told: Any, default: int) -> int:
     """A size is a number, or a mapping with ``shortest_edge`` or ``height``."""
     if isinstance(told, dict):
-        return int(told.get("shortest_edge", told.get("height", default)))
+        told = told.get("shortest_edge", told.get("height"))
     return default if told is None else int(told)
 
 

@@ -49,7 +49,8 @@ class Crowd:
 
     def draw(self, vae: Any, scheduler: Any) -> Draws:
         """One round's posterior noise, noise and timestep of every photo."""
-        parts = [draw(vae, scheduler, x, generator) for x, generator in zip(self.x.split(self.counts), self.generators)]
+        people = torch.split(self.x, list(self.counts))
+        parts = [draw(vae, scheduler, x, generator) for x, generator in zip(people, self.generators)]
         return Draws(*(torch.cat([getattr(part, name) for part in parts])
                        for name in ("posterior", "noise", "timesteps")))
 
@@ -67,8 +68,8 @@ def protect_crowds(
     found: list[ImageSet] = []
     groups = list(gather(subjects, batch))
     for group in ctx.track(groups, what, len(groups)):
-        perturbed = perturb(crowd_of(group, ctx))
-        for subject, x in zip(group, perturbed.split([len(s.published) for s in group])):
+        perturbed = torch.split(perturb(crowd_of(group, ctx)), [len(s.published) for s in group])
+        for subject, x in zip(group, perturbed):
             pixels = quantise_within(subject.published.pixels, x, budget)
             found.append(replace(subject.published, pixels=pixels))
     return found

@@ -23,8 +23,8 @@ from defenses.photoguard import PhotoGuard
 from defenses.sds import Sds
 from tests.defenses.drawn import subject
 
-METHODS = [AdvDm(steps=3), PhotoGuard(steps=3), Mist(steps=3), Sds(steps=3, random_start=True),
-           EncoderEnsemble(steps=3)]
+METHODS = [AdvDm(steps=2), PhotoGuard(steps=2), Mist(steps=2), Sds(steps=2, random_start=True),
+           EncoderEnsemble(steps=2)]
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: type(m).__name__)
 
 
