@@ -201,7 +201,8 @@ def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
     entries = find_entries(runs, columns)
     controls = [entry for entry in entries if entry.control and entry.finished]
     controls.sort(key=lambda e: (len(e.cells[0].result.cell.defense.parameters), e.label))
-    lines = [make_line(entry, columns, controls, expected(entries, columns)) for entry in entries]
+    wanted = expected(entries, columns)
+    lines = [make_line(entry, columns, controls, wanted) for entry in entries]
     lines = rank([corrected(line, marks(lines)) for line in lines], entries, columns)
     names = tuple(dict.fromkeys(entry.cells[0].result.cell.defense.name for entry in controls))
     return Table(
