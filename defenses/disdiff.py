@@ -1,7 +1,8 @@
 """DisDiff: ASPL that also erases the rare word from cross-attention, with steps scaled by the timestep.
 
 Liu et al., "Disrupting Diffusion: Token-level attention erasure attack against diffusion-based customization", ACM MM
-2024 (arXiv:2405.20584). Written from the abstract and from facts about the released code; no line of that code is used.
+2024 (arXiv:2405.20584). Written from facts about the released code, without the paper's text; no line of that code is
+used.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ FRACTION = 4
 
 
 class Variant(Enum):
-    """``described``: what the paper says. ``released``: what its code does."""
+    """``described``: what the method is said to be. ``released``: what its code does."""
 
     described = "described"
     released = "released"
@@ -62,8 +63,8 @@ class DisDiff:
     Defaults are the released script's. ``eps``, ``alpha_255``: its 0.05 and 0.005 lie on the [-1, 1] scale, so 6.375
     and 0.6375 levels. ``lr``: of the surrogate's AdamW. ``batch``: photos, and as many class images, per
     surrogate step. ``class_steps`` (steps of drawing a class image) is the sampler's default. ``pgd_batch``: photos
-    per gradient pass; it saves memory and changes nothing beyond rounding. That step sizes fall with the timestep, and
-    the formula of L_cae, are known from the code; the abstract names both parts but gives no formula.
+    per gradient pass; it saves memory and changes nothing beyond rounding. The formulas of L_cae and of the scheduler
+    are the code's; the paper may word them otherwise.
 
     ``variant``: ``described`` alternates two surrogates in 32 bits and limits the gradient's norm to 1. ``released``:
     the code does not copy the surrogate, so one model learns A and B in turn; it trains bfloat16 weights, in which

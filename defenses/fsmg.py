@@ -1,8 +1,8 @@
 """FSMG, the first method of Anti-DreamBooth: perturb photos against one surrogate that has learned clean photos.
 
 Van Le et al., "Anti-DreamBooth: Protecting users from personalized text-to-image synthesis", ICCV 2023
-(arXiv:2303.15433): fully-trained surrogate model guidance. Written from the paper and from facts about the released
-code; no line of that code is used.
+(arXiv:2303.15433): fully-trained surrogate model guidance. Written from the paper's formulas as later work retells
+them and from facts about the released code; no line of that code is used.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """SimAC: ASPL at the timesteps where photos can be moved most, with a term that drives late features apart.
 
 Wang et al., "SimAC: A simple anti-customization method for protecting face privacy against text-to-image synthesis of
-diffusion models", CVPR 2024 (arXiv:2312.07865). Written from the paper and from facts about the released code; no line
-of that code is used.
+diffusion models", CVPR 2024 (arXiv:2312.07865). Written from the paper's formulas as later work retells them and from
+facts about the released code; no line of that code is used.
 """
 
 from __future__ import annotations
