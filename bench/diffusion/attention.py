@@ -33,11 +33,14 @@ class Maps:
 class RecordingProcessor:
     """Plain attention that also hands its head-averaged probabilities to ``kept[name]``.
 
-    ``sides``: record only maps of these widths, None for all. Needed because fused attention never forms the map.
+    ``sides``: record only maps of these widths, None for all. ``later_half``: average over the later half of the heads
+    only. Needed because fused attention never forms the map.
     """
 
-    def __init__(self, kept: dict[str, Tensor], name: str, sides: frozenset[int] | None) -> None:
-        self.kept, self.name, self.sides = kept, name, sides
+    def __init__(
+        self, kept: dict[str, Tensor], name: str, sides: frozenset[int] | None, later_half: bool = False,
+    ) -> None:
+        self.kept, self.name, self.sides, self.later_half = kept, name, sides, later_half
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
@@ -49,20 +52,21 @@ class RecordingProcessor:
         probabilities = attn.get_attention_scores(query, key, attention_mask)
         places = probabilities.shape[1]
         if self.sides is None or math.isqrt(places) in self.sides:
-            self.kept[self.name] = probabilities.unflatten(0, (-1, attn.heads)).mean(1)
+            first = attn.heads // 2 if self.later_half else 0
+            self.kept[self.name] = probabilities.unflatten(0, (-1, attn.heads))[:, first:].mean(1)
         mixed = attn.batch_to_head_dim(torch.bmm(probabilities, value))
         out: Tensor = attn.to_out[1](attn.to_out[0](mixed))
         return out / attn.rescale_output_factor
 
 
 @contextmanager
-def recorded(unet: Any, sides: frozenset[int] | None = None) -> Iterator[Maps]:
+def recorded(unet: Any, sides: frozenset[int] | None = None, later_half: bool = False) -> Iterator[Maps]:
     """Within it, every pass through ``unet`` fills the maps anew; afterwards its attention is as before."""
     maps, before = Maps(), dict(unet.attn_processors)
     chosen = {}
     for name, old in before.items():
         kind = next((kind for end, kind in KINDS.items() if name.endswith(end)), None)
-        chosen[name] = RecordingProcessor(getattr(maps, kind), name, sides) if kind else old
+        chosen[name] = RecordingProcessor(getattr(maps, kind), name, sides, later_half) if kind else old
     unet.set_attn_processor(chosen)
     try:
         yield maps
