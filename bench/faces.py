@@ -8,6 +8,7 @@ cosine of two embeddings, which is their dot product because both have length 1.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -262,6 +263,29 @@ def insightface_options(name: str) -> tuple[str, tuple[int, int]]:
         raise BenchError(f"face recogniser '{name}': the detection size {side} must be a multiple of 32, such as "
                          f"{DETECTION_SIZE}.")
     return pack or DEFAULT_PACK, (side, side)
+
+
+def recogniser_facts(name: str, judge: FaceRecogniser) -> dict[str, Any]:
+    """What a measurement's protocol says of the recogniser that made it."""
+    return {"recogniser": name, "weights": weights_mark(judge), "threshold": threshold_of(judge),
+            **getattr(judge, "facts", {})}
+
+
+def threshold_of(judge: FaceRecogniser) -> float | None:
+    """The cosine that 1 in 1000 pairs of strangers reach, where the recogniser's files state it."""
+    config = getattr(judge, "config", None)
+    value = getattr(config, "similarity_threshold", None)
+    return None if value is None else float(value)
+
+
+def weights_mark(judge: FaceRecogniser) -> str:
+    """A digest of the recogniser's weights, "" where they cannot be read."""
+    if not hasattr(judge, "state_dict"):
+        return ""
+    hashed = hashlib.sha256()
+    for name, value in sorted(judge.state_dict().items()):
+        hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
+    return hashed.hexdigest()[:16]
 
 
 @dataclass

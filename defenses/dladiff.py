@@ -59,7 +59,7 @@ class DlaDiff:
     0.1 (its table ends at 0.07 to 0.09) and at most ``face_steps`` steps; jitter 1 % and 1 pixel. Stage 3 follows the
     text's eq. 9, L_db with the prior; algorithm 1 prints L_cond alone, which is ``prior_weight=0``. AdamW in place of
     Adam. Timesteps from 0 where the paper starts at 1. What is warped back is the perturbation, not the resampled
-    crop, so detail stays. The stop rule holds per encoder i, as it is printed: one that is blind leaves the sum, and the
+    crop, so detail stays. The stop rule holds per encoder i, as it is printed: one that is blind leaves the sum and the
     others are not outvoted; it looks at the crop without jitter, so that one lucky draw stops nothing.
 
     Ablations: ``dual=false`` (both branches of L_att through the dynamic surrogate), ``alternation=false`` (the dynamic

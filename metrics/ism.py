@@ -48,20 +48,20 @@ class IdentityScore:
             raise BenchError("ism: needs the evidence of a customization cell.")
         if not self.recognisers or len(set(self.recognisers)) < len(self.recognisers):
             raise BenchError(f"ism: recognisers={self.recognisers}: name at least one, none twice.")
-        from bench.faces import recogniser
+        from bench.faces import recogniser, recogniser_facts
 
         found: list[Measurement] = []
         for place, name in enumerate(self.recognisers):
             judge = recogniser(name)
-            facts = {"recogniser": name, "weights": weights_mark(judge), "threshold": threshold_of(judge),
-                     **getattr(judge, "facts", {})}
-            found += summarise(score(evidence, judge), facts, f"@{name}" if place else "")
+            found += summarise(score(evidence, judge), recogniser_facts(name, judge), f"@{name}" if place else "")
         return found
 
 
 def score(evidence: CustomizationEvidence, judge: FaceRecogniser) -> Scores:
     """Rows of each measurement, one per generated picture."""
     import torch
+
+    from bench.faces import threshold_of
 
     threshold = threshold_of(judge)
     scores: Scores = {"ism": [], "ism_conditional": [], "fdfr": [], "reid_rate": []}
@@ -129,22 +129,3 @@ def summarise(scores: Scores, facts: dict[str, Any], suffix: str) -> list[Measur
     better = {"ism": False, "ism_conditional": False, "fdfr": True, "reid_rate": False}
     units = {"ism": "cosine", "ism_conditional": "cosine", "fdfr": "share", "reid_rate": "share"}
     return [mean_of(name + suffix, rows, units[name], better[name], facts) for name, rows in scores.items()]
-
-
-def threshold_of(judge: FaceRecogniser) -> float | None:
-    """The cosine that 1 in 1000 pairs of strangers reach, where the recogniser's files state it."""
-    config = getattr(judge, "config", None)
-    value = getattr(config, "similarity_threshold", None)
-    return None if value is None else float(value)
-
-
-def weights_mark(judge: FaceRecogniser) -> str:
-    """A digest of the recogniser's weights, "" where they cannot be read."""
-    import hashlib
-
-    if not hasattr(judge, "state_dict"):
-        return ""
-    hashed = hashlib.sha256()
-    for name, value in sorted(judge.state_dict().items()):
-        hashed.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return hashed.hexdigest()[:16]

@@ -15,8 +15,7 @@ from torch import Tensor
 from bench import dlib_faces
 from bench.dlib_faces import PUBLISHED_DISTANCE, TYPICAL_LENGTH, DlibRecogniser, dlib_recogniser, weight_file
 from bench.errors import BenchError
-from bench.faces import recogniser
-from metrics.ism import threshold_of
+from bench.faces import recogniser, threshold_of
 
 PACKAGES = ("dlib", "face_recognition_models", "skimage", "insightface")
 MISSING = [name for name in PACKAGES if find_spec(name) is None]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench.context import Context
 from bench.errors import BenchError
-from bench.faces import FaceEncoder, FaceEncoderConfig
+from bench.faces import FaceEncoder, FaceEncoderConfig, threshold_of, weights_mark
 from bench.records import CustomizationEvidence, Generations, ImageSet, Subject
-from metrics.ism import IdentityScore, picture_rows, score, summarise, template, threshold_of, weights_mark
+from metrics.ism import IdentityScore, picture_rows, score, summarise, template
 
 
 class Dial:
