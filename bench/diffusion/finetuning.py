@@ -261,9 +261,13 @@ class Surrogate:
         """Prompt states under the text encoder as it is now."""
         return encode_ids(self.text_encoder, ids)
 
-    def learn(self, lesson: Lesson, steps: int) -> None:
-        """``steps`` DreamBooth steps with a fresh optimiser; the weights are frozen before and after."""
-        restart(self.optimizer)
+    def learn(self, lesson: Lesson, steps: int, fresh: bool = True) -> None:
+        """``steps`` DreamBooth steps; the weights are frozen before and after.
+
+        ``fresh``: with a fresh optimiser; False goes on with the moments of the steps before.
+        """
+        if fresh:
+            restart(self.optimizer)
         self._require_grad(True)
         for _ in range(steps):
             loss = lesson.loss(self.unet, self.scheduler, self.states(lesson.ids))
