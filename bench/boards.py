@@ -309,7 +309,7 @@ def estimate(entry: Entry, column: Column) -> Estimate:
     if not points:
         reasons = sorted({m.reason for m in found if m.reason})
         return Estimate(None, None, None, 0, 0, "; ".join(reasons) or "not measured")
-    pooled = mean_interval(points)
+    pooled = mean_interval(points, share=column.unit == "share")
     if any(point.sample for point in points):
         return pooled
     samples, low, high = sum(m.n for m in found), pooled.low, pooled.high

@@ -21,7 +21,7 @@ def mean_of(
     points = [Point(r.sample if over_samples else r.cluster, r.sample, r.value) for r in rows if r.value is not None]
     if not points:
         return missing(name, rows, unit, better, _facts(protocol, over_samples), _why(rows))
-    found = mean_interval(points)
+    found = mean_interval(points, share=unit == "share")
     facts = _facts(protocol, over_samples)
     return Measurement(name, found.value, found.n, unit, better, found.low, found.high, "", facts, tuple(rows))
 

@@ -66,10 +66,11 @@ class Difference:
         return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
 
-def mean_interval(points: Sequence[Point], resamples: int = RESAMPLES) -> Estimate:
+def mean_interval(points: Sequence[Point], resamples: int = RESAMPLES, share: bool = False) -> Estimate:
     """The mean over samples, and its percentile interval when whole units are resampled with replacement.
 
-    Where every value is 0 or 1 the interval also covers Wilson's, so that twenty hits in twenty are no certainty.
+    ``share``: every value is 0 or 1; the interval then also covers Wilson's, so that twenty hits in twenty are no
+    certainty.
     """
     if not points:
         return Estimate(None, None, None, 0, 0, "no values")
@@ -78,7 +79,7 @@ def mean_interval(points: Sequence[Point], resamples: int = RESAMPLES) -> Estima
     if units < FEWEST:
         return Estimate(value, None, None, len(points), units, too_few(units))
     low, high = _percentiles(_resampled_means(sums, counts, resamples))
-    if all(p.value in (0.0, 1.0) for p in points):
+    if share and all(p.value in (0.0, 1.0) for p in points):
         below, above = wilson(round(sum(p.value for p in points)), len(points))
         low, high = min(low, below), max(high, above)
     return Estimate(value, low, high, len(points), units)

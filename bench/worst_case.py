@@ -214,7 +214,7 @@ def make_matrix(family: Family, unit: str, higher: bool, lines: Mapping[str, tup
         points = {purifier: under_purifier(family, key, purifier) for purifier in family.purifiers}
         if sum(map(bool, points.values())) < FEWEST:
             continue
-        cells = tuple(mean_interval(found) for found in points.values())
+        cells = tuple(mean_interval(found, share=unit == "share") for found in points.values())
         whole = worst.value is not None
         mean = mean_interval(mean_points(list(points.values()))) if whole else worst
         rows.append(MatrixRow(label, is_control(defense), does_nothing(defense), (*cells, mean, worst)))

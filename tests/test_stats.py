@@ -63,7 +63,9 @@ def test_no_interval_below_three_units(units: int) -> None:
 
 
 def test_all_hits_are_no_certainty() -> None:
-    found = mean_interval(points({str(i): [1.0] * 10 for i in range(4)}))
+    ones = points({str(i): [1.0] * 10 for i in range(4)})
+    assert mean_interval(ones).low == 1.0, "an SSIM of untouched photos is no share"
+    found = mean_interval(ones, share=True)
     assert (found.value, found.high) == (1.0, 1.0)
     assert found.low == pytest.approx(wilson(40, 40)[0])
 
