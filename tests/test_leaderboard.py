@@ -57,9 +57,9 @@ def ism(mean: float, noise: str = "", subjects: int = 8, per: int = 3, sd: float
     return mean_of("ism", rows, False)
 
 
-def mean_of(name: str, rows: Sequence[Row], higher: bool | None) -> Measurement:
+def mean_of(name: str, rows: Sequence[Row], higher: bool | None, unit: str = "") -> Measurement:
     values = [row.value for row in rows if row.value is not None]
-    return Measurement(name, statistics.fmean(values), len(rows), "", higher, rows=tuple(rows))
+    return Measurement(name, statistics.fmean(values), len(rows), unit, higher, rows=tuple(rows))
 
 
 def add(folder: Path, where: CellRecord, *measured: Measurement, **fields: Any) -> None:
@@ -196,7 +196,7 @@ def test_backdoors_are_units_by_seed(tmp_path: Path) -> None:
     for defense in (NONE, SHIELD):
         for seed in range(3):
             rows = [Row(str(i), "implant", float(defense is NONE)) for i in range(10)]
-            add(tmp_path, cell(defense, seed, track="backdoor"), mean_of("asr", rows, False))
+            add(tmp_path, cell(defense, seed, track="backdoor"), mean_of("asr", rows, False, "share"))
     table = board(tmp_path)
     assert line(table, "shield").scores["asr"].units == 3
     assert line(table, "none").scores["asr"].low < 1.0
