@@ -73,7 +73,7 @@ RECIPES = {
         "micro-sd-a", "a", "sd_a", (64, 128, 128), common.Schedule(2800, 8e-4, seed=31, warmup=150, ema=0.999)
     ),
     "b": Recipe(
-        "micro-sd-b", "b", "sd_b", (48, 96, 128), common.Schedule(1400, 8e-4, seed=32, warmup=150, ema=0.999)
+        "micro-sd-b", "b", "sd_b", (48, 96, 128), common.Schedule(2800, 8e-4, seed=32, warmup=150, ema=0.999)
     ),
 }
 
