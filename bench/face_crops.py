@@ -1,4 +1,4 @@
-"""Aligned face crops that gradients pass through, and the encoders that a defense may optimise against.
+"""Aligned face crops that gradients pass through.
 
 A crop is a similarity transform of the photo: five landmarks go to fixed places of a 112 x 112 picture, the template
 that ArcFace and its successors were trained with (Deng et al., CVPR 2019). Drawn portraits need no landmarks: there the
@@ -7,24 +7,18 @@ whole photo is the crop.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.errors import BenchError, unknown
-from bench.faces import MICRO_ENCODERS, FaceEncoder, load_face_encoder, recogniser
+from bench.errors import unknown
+from bench.faces import recogniser
 
-JUDGE = MICRO_ENCODERS[-1]
 ALIGNMENTS = ("whole", "insightface:<pack>")
 TEMPLATE_SIDE = 112
 TEMPLATE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 """Where left eye, right eye, nose and the corners of the mouth lie in a 112-pixel crop (x, y)."""
-
-Embed = Callable[[Tensor], Tensor]
-"""Crops [n, 3, s, s] in [0, 1] to embeddings of length 1, [n, d], with gradients."""
 
 
 def similarity_transform(points: Tensor, template: Tensor) -> Tensor:
@@ -90,44 +84,3 @@ def _sampled(x: Tensor, back: Tensor, size: tuple[int, int]) -> Tensor:
     places = torch.einsum("nij,hwj->nhwi", back.to(x), here)
     grid = (2 * places + 1) / torch.tensor([x.shape[3], x.shape[2]]).to(x) - 1
     return nn.functional.grid_sample(x, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-
-
-def defender_encoders(names: Sequence[str], where: str, device: str = "cpu") -> list[Embed]:
-    """The face encoders that a defense optimises against, with gradients.
-
-    Embedded ones, folders of a :class:`FaceEncoder`, or ``insightface:<pack>``, whose network is then converted to
-    torch. The judge is refused: a score must come from an encoder that no defense has seen.
-    """
-    if not names or len(set(names)) < len(names):
-        raise BenchError(f"{where}={list(names)}: name at least one face encoder, none twice.")
-    if JUDGE in names:
-        raise BenchError(f"{where}: {JUDGE} is the judge, no defense may optimise against it; give others, such as "
-                         f"{', '.join(MICRO_ENCODERS[:-1])}.")
-    return [_insightface_network(name, device) if name.startswith("insightface") else _embedded(name, device)
-            for name in names]
-
-
-def _embedded(name: str, device: str) -> Embed:
-    found = load_face_encoder(Path(name)) if Path(name).is_dir() else recogniser(name)
-    if not isinstance(found, FaceEncoder):
-        raise BenchError(f"face encoder '{name}' gives no gradients; a defense needs {', '.join(MICRO_ENCODERS[:-1])}, "
-                         "a folder of a face encoder, or insightface:<pack>.")
-    encoder = found.to(device)
-    return lambda crops: encoder.embed(crops)[0]
-
-
-def _insightface_network(name: str, device: str) -> Embed:
-    """The recognition network of a pack as a torch module: RGB crops scaled to [-1, 1] and 112 pixels."""
-    try:
-        from onnx2torch import convert  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise BenchError(f"face encoder '{name}': gradients through an InsightFace network need the package onnx2torch "
-                         f"({error}); install the extra 'faces-grad'.") from error
-    pack: Any = recogniser(name)
-    network = convert(pack.analysis.models["recognition"].model_file).eval().requires_grad_(False).to(device)
-
-    def embed(crops: Tensor) -> Tensor:
-        sized = nn.functional.interpolate(crops, (TEMPLATE_SIDE, TEMPLATE_SIDE), mode="bilinear", antialias=True)
-        return nn.functional.normalize(network(sized * 2 - 1), dim=1)
-
-    return embed

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bench.errors import BenchError
+
+JUDGE = "micro-face-3"
+"""The face encoder that scores; no defense may optimise against it."""
 
 
 def require(name: str, value: float, low: float, exclusive: bool = False, where: str = "defense") -> None:
@@ -18,3 +23,12 @@ def require_all(plugin: object, above: dict[str, float] | None = None, least: di
         require(name, getattr(plugin, name), low, exclusive=True)
     for name, low in (least or {}).items():
         require(name, getattr(plugin, name), low)
+
+
+def check_encoders(names: Sequence[str]) -> None:
+    """Refuse an empty or repeated list of a defense's encoders, and the judge among them."""
+    if not names or len(set(names)) < len(names):
+        raise BenchError(f"defense.encoders={list(names)}: name at least one encoder, none twice.")
+    if JUDGE in names:
+        raise BenchError(f"defense.encoders: {JUDGE} is the judge; it scores, and no defense may use it. Take "
+                         "micro-face-1 or micro-face-2.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, unknown
-from bench.options import require_all
+from bench.options import check_encoders, require_all
 from bench.plugin import plugin
 from bench.records import Budget
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from bench.context import Context
     from bench.diffusion.attention import Maps
+    from bench.diffusion.encoders import Embed
     from bench.diffusion.finetuning import Surrogate
     from bench.diffusion.surrogates import Draws, Losses, Studio, Teaching
-    from bench.face_crops import Embed
     from bench.records import ImageSet, Model, Subject
 
 LAYERS = ("both", "tuning", "face", "reversed")
@@ -115,6 +115,8 @@ class DlaDiff:
         if not self.map_factors or min(self.map_factors) < 1:
             raise BenchError(f"defense.map_factors={list(self.map_factors)}: give at least one divisor of the latents' "
                              "side, such as 4.")
+
+        check_encoders(self.encoders)
 
     def budget(self) -> Budget:
         return Budget(self.eps)
@@ -283,9 +285,9 @@ def map_distance(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> Tensor:
 
 
 def open_encoders(method: DlaDiff, ctx: Context) -> list[Embed]:
-    from bench.face_crops import defender_encoders
+    from bench.diffusion.encoders import face_encoder
 
-    return defender_encoders(method.encoders, "defense.encoders", ctx.device)
+    return [face_encoder(name, ctx.device) for name in method.encoders]
 
 
 def protect_from_encoders(

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from bench.records import ImageSet, Model, Subject
 
 ADAPTERS = ("ip_image", "ip_face")
-JUDGE = "micro-face-3"
 NO_GRADIENTS = ("dlib", "insightface")
 
 
@@ -81,12 +80,13 @@ class EncoderEnsemble:
 
     def __post_init__(self) -> None:
         from bench.data.targets import check_target
-        from bench.options import require_all
+        from bench.options import check_encoders, require_all
 
         Budget(self.eps)
         require_all(self, above={"alpha_255": 0, "blur_low": 0}, least={"steps": 0, "blurs": 0, "pgd_batch": 1})
         require_all(self, least={"blur_high": self.blur_low})
         check_encoders(self.encoders)
+        check_gradients(self.encoders)
         if not 0 <= self.weight <= 1:
             raise BenchError(f"defense.weight={self.weight} is out of range; give 0 to 1.")
         if self.blur_size < 1 or self.blur_size % 2 == 0:
@@ -113,14 +113,9 @@ class EncoderEnsemble:
                               lambda crowd: hide(self, crowd, ensemble, ctx))
 
 
-def check_encoders(names: Sequence[str]) -> None:
-    """Refuse an empty ensemble, the judge, and recognisers that give no gradients, before any work starts."""
-    if not names or len(set(names)) < len(names):
-        raise BenchError(f"defense.encoders={list(names)}: name at least one encoder, none twice.")
+def check_gradients(names: Sequence[str]) -> None:
+    """Refuse recognisers that give no gradients for a whole photo, before any work starts."""
     for name in names:
-        if name == JUDGE:
-            raise BenchError(f"defense.encoders: {JUDGE} is the judge; it scores, and no defense may use it. Take "
-                             "micro-face-1 or micro-face-2.")
         if name.partition(":")[0] in NO_GRADIENTS:
             raise BenchError(f"defense.encoders: '{name}' gives no gradients (it does not run in torch); give the "
                              "folder of a FaceEncoder (config.json, model.safetensors).")

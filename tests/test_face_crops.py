@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from bench.diffusion.encoders import face_encoder
 from bench.errors import BenchError
 from bench.face_crops import (
     TEMPLATE,
     crop_faces,
-    defender_encoders,
     face_transforms,
     paste_back,
     similarity_transform,
@@ -70,20 +70,11 @@ def test_a_crop_pasted_back_lands_where_it_came_from() -> None:
 def test_a_gradient_reaches_the_photo_through_crop_and_encoder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     save_face_encoder(FaceEncoder(FaceEncoderConfig(widths=(8, 8, 8, 8), dimension=8, size=32)).eval(), tmp_path)
-    embed = defender_encoders([str(tmp_path)], "defense.encoders")[0]
+    embed = face_encoder(str(tmp_path), "cpu")
     x = torch.rand(1, 3, 32, 32, requires_grad=True)
     transforms, _ = face_transforms((x.detach() * 255).byte(), "whole", 24)
     gradient = torch.autograd.grad(embed(crop_faces(x, transforms, 24))[:, 0].sum(), x)[0]
     assert gradient.abs().sum() > 0
-
-
-@pytest.mark.parametrize(("names", "said"), [
-    (["micro-face-3"], "judge"), ([], "at least one"), (["micro-face-1", "micro-face-1"], "twice"),
-    (["nobody"], "nobody"),
-])
-def test_encoders_that_no_defense_may_use_are_refused(names: list[str], said: str) -> None:
-    with pytest.raises(BenchError, match=said):
-        defender_encoders(names, "defense.encoders")
 
 
 def test_an_unknown_alignment_is_refused() -> None:

@@ -14,13 +14,15 @@ from torch import Tensor, nn
 from bench.diffusion.checkpoints import adapter_path, file_digest
 from bench.diffusion.loading import load_module
 from bench.errors import BenchError
-from bench.faces import MICRO_ENCODERS, WEIGHTS_FILE, load_face_encoder
+from bench.faces import MICRO_ENCODERS, WEIGHTS_FILE, load_face_encoder, recogniser
 from bench.micro.models import weights_folder
+from bench.options import JUDGE
 from bench.records import Model
 
 Embed = Callable[[Tensor], Tensor]
 """``embed(pixels)``: [n, d] or [n, tokens, d] of pictures [n, 3, h, w] in [0, 1]; gradients reach the pixels."""
-JUDGE = MICRO_ENCODERS[-1]
+FACE_SIDE = 112
+"""Side of the crops that InsightFace's networks read."""
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 RESAMPLE = {2: "bilinear", 3: "bicubic"}
 """PIL's numbers for the filters that torch has with antialiasing."""
@@ -89,11 +91,14 @@ def clip_encoder(folder: Path, device: str, hidden: bool = False) -> Embed:
 
 
 def face_encoder(name: str, device: str) -> Embed:
-    """A `FaceEncoder` by its embedded name or its folder: unit embeddings [n, d].
+    """A face encoder with gradients: unit embeddings [n, d]. ``name``: of an embedded one, a `FaceEncoder`'s folder, or
+    ``insightface:<pack>``, whose network is then converted to torch and expects aligned crops.
 
     Raises `BenchError` for the judge, also under another name, and for recognisers that give no gradients.
     """
     refuse_judge(name)
+    if name.partition(":")[0] == "insightface":
+        return insightface_network(name, device)
     refuse_without_gradients(name)
     folder = weights_folder(name) if name in MICRO_ENCODERS else Path(name).expanduser()
     if not folder.is_dir():
@@ -112,10 +117,28 @@ def refuse_judge(name: str, how: str = "") -> None:
 
 
 def refuse_without_gradients(name: str) -> None:
-    """ONNX packs and dlib's network cannot be differentiated here."""
-    if name == "dlib" or name.partition(":")[0] == "insightface":
+    """dlib's network cannot be differentiated."""
+    if name == "dlib":
         raise BenchError(f"face encoder: '{name}' gives no gradients (it does not run in torch), so no protection can "
-                         "be optimised against it; give the folder of a FaceEncoder (config.json, model.safetensors).")
+                         "be optimised against it; give the folder of a FaceEncoder (config.json, model.safetensors) "
+                         "or insightface:<pack>.")
+
+
+def insightface_network(name: str, device: str) -> Embed:
+    """The recognition network of an InsightFace pack as a torch module: RGB crops in [0, 1], scaled to 112 pixels."""
+    try:
+        from onnx2torch import convert  # type: ignore[import-not-found, unused-ignore]
+    except ImportError as error:
+        raise BenchError(f"face encoder '{name}': gradients through an InsightFace network need the package onnx2torch "
+                         f"({error}); install the extra 'gpu'.") from error
+    pack: Any = recogniser(name)
+    network = convert(pack.analysis.models["recognition"].model_file).eval().requires_grad_(False).to(device)
+
+    def embed(crops: Tensor) -> Tensor:
+        sized = nn.functional.interpolate(crops, (FACE_SIDE, FACE_SIDE), mode="bilinear", antialias=True)
+        return nn.functional.normalize(network(sized * 2 - 1), dim=1)
+
+    return embed
 
 
 def open_encoders(names: Sequence[str], model: Model, device: str, hidden: bool = False) -> list[Embed]:

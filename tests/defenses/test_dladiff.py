@@ -15,10 +15,10 @@ from torch import Tensor
 from bench.context import Context
 from bench.data.micro_subjects import MicroSubjects
 from bench.diffusion.checkpoints import resolve
+from bench.diffusion.encoders import face_encoder
 from bench.diffusion.images import to_float, to_unit
 from bench.diffusion.surrogates import draw, pixel_gradient
 from bench.errors import BenchError
-from bench.face_crops import defender_encoders
 from bench.faces import FaceEncoder, FaceEncoderConfig, save_face_encoder
 from bench.records import ImageSet, Model, Subject
 from defenses.dladiff import (
@@ -157,7 +157,7 @@ def test_each_layer_keeps_its_budget_on_the_saved_file(
 def similarities(method: DlaDiff, before: ImageSet, after: ImageSet) -> Tensor:
     """Cosines [encoders, n] on the 8-bit files."""
     found = []
-    for embed in defender_encoders(method.encoders, "defense.encoders"):
+    for embed in (face_encoder(name, "cpu") for name in method.encoders):
         found.append((embed(to_unit(before.pixels)) * embed(to_unit(after.pixels))).sum(1))
     return torch.stack(found)
 
@@ -176,7 +176,7 @@ def test_layer_two_stops_at_the_threshold(few: DlaDiff, ctx: Context) -> None:
     """With a threshold that every photo meets from the start nothing moves."""
     ada = subject("ada")
     x = to_float(ada.published.pixels)
-    encoders = defender_encoders(few.encoders, "defense.encoders")
+    encoders = [face_encoder(name, "cpu") for name in few.encoders]
     still = replace(few, face_threshold=1.01, jitter=0, jitter_pixels=0)
     assert torch.equal(protect_from_encoders(still, ada, x, x, encoders, ctx), x)
 
@@ -191,6 +191,7 @@ def test_neither_order_company_nor_batch_matters(few: DlaDiff, model: Model, ctx
 
 @pytest.mark.parametrize(("field", "value"), [
     ("eps", -1), ("eps_face", 256), ("alpha_255", 0), ("lr", 0), ("layers", "third"), ("batch", 0), ("map_factors", []),
+    ("encoders", []), ("encoders", ["micro-face-1", "micro-face-1"]),
 ])
 def test_bad_options_are_refused(field: str, value: Any) -> None:
     with pytest.raises(BenchError, match="eps" if "eps" in field else field):

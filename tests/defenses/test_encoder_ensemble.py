@@ -20,9 +20,10 @@ from bench.diffusion.surrogate_free import crowd_of
 from bench.diffusion.surrogates import pixel_gradient
 from bench.errors import BenchError
 from bench.faces import MICRO_ENCODERS
+from bench.options import JUDGE
 from bench.plugin import facts_of
 from bench.records import ImageSet, Model
-from defenses.encoder_ensemble import JUDGE, EncoderEnsemble, Features, similarities
+from defenses.encoder_ensemble import EncoderEnsemble, Features, similarities
 from defenses.noise import SignNoise
 from tests.defenses.drawn import subject
 

@@ -87,7 +87,7 @@ def test_the_judge_is_refused_under_any_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "message"), [
-    ("insightface:buffalo_l", "no gradients"), ("insightface", "no gradients"), ("dlib", "no gradients"),
+    ("insightface:buffalo_l", "onnx2torch|no pack"), ("insightface", "onnx2torch|no pack"), ("dlib", "no gradients"),
     ("micro-face-9", "micro-face-1, micro-face-2"),
 ])
 def test_what_cannot_be_optimised_against_is_refused(name: str, message: str) -> None:
