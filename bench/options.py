@@ -3,11 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 
-from bench.errors import BenchError
+from bench.errors import BenchError, unknown
 
 JUDGE = "micro-face-3"
 """The face encoder that scores; no defense may optimise against it."""
+
+
+class Variant(Enum):
+    """``described``: what a paper says. ``released``: what its code does, where the two differ."""
+
+    described = "described"
+    released = "released"
+
+
+def variant(chosen: Variant | str) -> Variant:
+    """The variant of a defense by name; refuses others."""
+    try:
+        return Variant(chosen)
+    except ValueError:
+        raise unknown("variant", str(chosen), "defense.variant", [v.value for v in Variant]) from None
 
 
 def require(name: str, value: float, low: float, exclusive: bool = False, where: str = "defense") -> None:

@@ -8,11 +8,9 @@ facts about the released code; no line of that code is used.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from enum import Enum
 from typing import TYPE_CHECKING
 
-from bench.errors import unknown
+from bench.options import Variant, require_all, variant
 from bench.plugin import plugin
 from bench.records import Budget
 
@@ -21,17 +19,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bench.context import Context
-    from bench.diffusion.finetuning import Surrogate
-    from bench.diffusion.loading import Components
-    from bench.diffusion.surrogates import Studio, Teaching
+    from bench.diffusion.pairs import Pair
+    from bench.diffusion.surrogates import Teaching
     from bench.records import ImageSet, Model, Subject
-
-
-class Variant(Enum):
-    """``described``: what the paper says. ``released``: what its code does."""
-
-    described = "described"
-    released = "released"
 
 
 @plugin(
@@ -77,28 +67,21 @@ class Aspl:
     variant: Variant = Variant.described
 
     def __post_init__(self) -> None:
-        from bench.options import require
-
         Budget(self.eps)
-        for name in ("alpha_255", "lr"):
-            require(name, getattr(self, name), 0, exclusive=True)
-        for name in ("outer_steps", "surrogate_steps", "pgd_steps", "prior_weight"):
-            require(name, getattr(self, name), 0)
-        for name in ("batch", "class_images", "class_steps", "pgd_batch"):
-            require(name, getattr(self, name), 1)
-        try:
-            self.variant = Variant(self.variant)
-        except ValueError:
-            raise unknown("variant", str(self.variant), "defense.variant", [v.value for v in Variant]) from None
+        require_all(self, above=dict.fromkeys(("alpha_255", "lr"), 0.0), least={
+            "outer_steps": 0, "surrogate_steps": 0, "pgd_steps": 0, "prior_weight": 0, "batch": 1, "class_images": 1,
+            "class_steps": 1, "pgd_batch": 1})
+        self.variant = variant(self.variant)
 
     def budget(self) -> Budget:
         return Budget(self.eps)
 
     def protect(self, subjects: Sequence[Subject], model: Model, ctx: Context) -> list[ImageSet]:
         """Set B of each subject, each from a surrogate that starts at the published weights."""
+        from bench.diffusion.pairs import open_pair
         from bench.diffusion.surrogates import protect_each
 
-        pair = open_pair(self, model, ctx)
+        pair = open_pair(model, self.teaching(), ctx, half=self.variant is Variant.released)
         return protect_each(subjects, self.budget(), model, ctx, "aspl", lambda s, x: alternate(self, s, x, pair, ctx))
 
     def teaching(self) -> Teaching:
@@ -107,44 +90,6 @@ class Aspl:
         clip = 1.0 if self.variant is Variant.described else None
         return Teaching(self.lr, self.batch, self.prior_weight, self.class_images, self.class_steps,
                         self.train_text_encoder, self.token, clip)
-
-
-@dataclass
-class Pair:
-    """``theta``, ``copy``: the surrogate and its copy, resident for the whole run; ``start``: the published weights
-    that both begin with."""
-
-    studio: Studio
-    theta: Surrogate
-    copy: Surrogate
-    start: list[Tensor]
-
-
-def open_pair(method: Aspl, model: Model, ctx: Context) -> Pair:
-    """Load the model twice, in the variant's precision."""
-    from bench.diffusion.surrogates import Studio, weights_of
-
-    fused = method.variant is Variant.described
-    studio = Studio(model, method.teaching(), ctx, load(method, model, ctx), fused)
-    theta = studio.surrogate(studio.components)
-    return Pair(studio, theta, studio.surrogate(load(method, model, ctx)), weights_of(theta))
-
-
-def load(method: Aspl, model: Model, ctx: Context) -> Components:
-    """The model's components; all in bfloat16 for ``released``."""
-    from copy import deepcopy
-
-    import torch
-    from torch import nn
-
-    from bench.diffusion.loading import load_components
-
-    components = load_components(model, ctx.device)
-    if method.variant is Variant.described:
-        return components
-    names = ("unet", "text_encoder", "vae")
-    half = {name: nn.Module.to(deepcopy(getattr(components, name)), dtype=torch.bfloat16) for name in names}
-    return replace(components, **half)
 
 
 def alternate(method: Aspl, subject: Subject, x: Tensor, pair: Pair, ctx: Context) -> Tensor:

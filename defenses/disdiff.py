@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import BenchError, unknown
+from bench.errors import BenchError
+from bench.options import Variant, require_all, variant
 from bench.plugin import plugin
 from bench.records import Budget
 
@@ -31,13 +31,6 @@ SHARPNESS = 100.0
 """Attention probabilities are multiplied by it before the softmax over the prompt's words [released code]."""
 FRACTION = 4
 """The maps used are a quarter as wide as the latents: 16 x 16 on Stable Diffusion at 512 pixels [released code]."""
-
-
-class Variant(Enum):
-    """``described``: what the method is said to be. ``released``: what its code does."""
-
-    described = "described"
-    released = "released"
 
 
 @plugin(
@@ -99,8 +92,6 @@ class DisDiff:
     variant: Variant = Variant.described
 
     def __post_init__(self) -> None:
-        from bench.options import require_all
-
         Budget(self.eps)
         require_all(self, above={"alpha_255": 0, "lr": 0}, least={
             "outer_steps": 0, "surrogate_steps": 0, "pgd_steps": 0, "prior_weight": 0, "attention_weight": 0,
@@ -108,10 +99,7 @@ class DisDiff:
             "class_steps": 1, "pgd_batch": 1})
         if not self.token.strip():
             raise BenchError("defense.token is empty; give the rare word that is to be erased, like 'sks'.")
-        try:
-            self.variant = Variant(self.variant)
-        except ValueError:
-            raise unknown("variant", str(self.variant), "defense.variant", [v.value for v in Variant]) from None
+        self.variant = variant(self.variant)
 
     def budget(self) -> Budget:
         return Budget(self.eps)

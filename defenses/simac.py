@@ -11,10 +11,10 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from bench.errors import BenchError, unknown
+from bench.errors import BenchError
+from bench.options import Variant, require_all, variant
 from bench.plugin import plugin
 from bench.records import Budget
 
@@ -28,13 +28,6 @@ if TYPE_CHECKING:
     from bench.diffusion.pairs import Pair
     from bench.diffusion.surrogates import Draws, Losses, Teaching
     from bench.records import ImageSet, Model, Subject
-
-
-class Variant(Enum):
-    """``described``: what the paper says. ``released``: what its code does."""
-
-    described = "described"
-    released = "released"
 
 
 @plugin(
@@ -97,8 +90,6 @@ class Simac:
     variant: Variant = Variant.described
 
     def __post_init__(self) -> None:
-        from bench.options import require_all
-
         Budget(self.eps)
         require_all(self, above={"alpha_255": 0, "lr": 0, "late": 0}, least={
             "outer_steps": 0, "surrogate_steps": 0, "pgd_steps": 0, "prior_weight": 0, "feature_weight": 0,
@@ -106,10 +97,7 @@ class Simac:
             "class_steps": 1, "pgd_batch": 1})
         if self.late > 1:
             raise BenchError(f"defense.late={self.late} is out of range; give a share of the decoder, at most 1.")
-        try:
-            self.variant = Variant(self.variant)
-        except ValueError:
-            raise unknown("variant", str(self.variant), "defense.variant", [v.value for v in Variant]) from None
+        self.variant = variant(self.variant)
 
     def budget(self) -> Budget:
         return Budget(self.eps)

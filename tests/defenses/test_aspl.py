@@ -17,10 +17,11 @@ from bench.diffusion.checkpoints import resolve
 from bench.diffusion.images import to_float
 from bench.diffusion.loading import load_components
 from bench.diffusion.losses import latent_distribution, noise_prediction_loss, tokenise
+from bench.diffusion.pairs import Pair, open_pair
 from bench.diffusion.surrogates import denoising_losses, draw, pixel_gradient
 from bench.errors import BenchError
 from bench.records import ImageSet, Model, Subject
-from defenses.aspl import Aspl, Pair, Variant, open_pair, raise_loss
+from defenses.aspl import Aspl, Variant, raise_loss
 from defenses.noise import SignNoise
 
 FEW: dict[str, Any] = {"outer_steps": 2, "class_images": 3, "class_steps": 1}
@@ -46,6 +47,10 @@ def ctx(tmp_path: Path) -> Context:
     return Context("key", tmp_path)
 
 
+def pair_of(method: Aspl, model: Model, ctx: Context) -> Pair:
+    return open_pair(model, method.teaching(), ctx, half=method.variant is Variant.released)
+
+
 def prompt_ids(pair: Pair) -> Tensor:
     return tokenise(pair.studio.components.tokenizer, ["a photo of sks person"])
 
@@ -66,7 +71,7 @@ def test_the_saved_files_are_within_the_budget(
 @pytest.mark.parametrize("variant", list(Variant))
 def test_the_noise_prediction_loss_moves_pixels(variant: Variant, model: Model, ctx: Context) -> None:
     """Its gradient is not zero on any photo, and one step follows its sign."""
-    pair = open_pair(Aspl(variant=variant), model, ctx)
+    pair = pair_of(Aspl(variant=variant), model, ctx)
     x = to_float(subject("ada").published.pixels)
     states, vae = pair.copy.states(prompt_ids(pair)), pair.studio.vae
     draws = draw(vae, pair.copy.scheduler, x, torch.Generator().manual_seed(1))
@@ -111,7 +116,7 @@ def test_the_objective_rises_more_than_under_noise(model: Model, ctx: Context) -
 
 def moved_share(method: Aspl, model: Model, ctx: Context) -> list[float]:
     """Share of the weights that change in one block of surrogate steps: of the copy, and of theta."""
-    pair, ada = open_pair(method, model, ctx), subject("ada")
+    pair, ada = pair_of(method, model, ctx), subject("ada")
     lesson = pair.studio.clean_lesson(ada, torch.Generator().manual_seed(0))
     shares = []
     for surrogate in (pair.copy, pair.theta):
@@ -132,7 +137,7 @@ def test_released_surrogates_hardly_move_at_the_published_rate(model: Model, ctx
 
 
 def test_clipping_limits_the_described_surrogate_only(model: Model, ctx: Context) -> None:
-    pairs = {v: open_pair(Aspl(variant=v), model, ctx) for v in Variant}
+    pairs = {v: pair_of(Aspl(variant=v), model, ctx) for v in Variant}
     assert pairs[Variant.described].theta.clip == 1.0
     assert pairs[Variant.released].theta.clip is None
     assert {p.dtype for p in pairs[Variant.described].theta.parameters} == {torch.float32}
@@ -159,7 +164,7 @@ def test_the_same_key_gives_the_same_bits_and_another_key_others(model: Model, c
 
 
 def test_a_frozen_text_encoder_stays(model: Model, ctx: Context) -> None:
-    pair = open_pair(Aspl(train_text_encoder=False, lr=1e-2, prior_weight=0), model, ctx)
+    pair = pair_of(Aspl(train_text_encoder=False, lr=1e-2, prior_weight=0), model, ctx)
     before = [p.clone() for p in pair.copy.text_encoder.parameters()]
     pair.copy.learn(pair.studio.clean_lesson(subject("ada"), torch.Generator().manual_seed(0)), 1)
     assert all(torch.equal(a, b) for a, b in zip(before, pair.copy.text_encoder.parameters()))
