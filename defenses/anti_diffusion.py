@@ -82,7 +82,7 @@ class AntiDiffusion:
         from bench.options import require_all
 
         Budget(self.eps)
-        least = {"epochs": 0, "pgd_steps": 0, "prompt_steps": 0, "tuning_steps": 0, "sdl_weight": 0,
+        least: dict[str, float] = {"epochs": 0, "pgd_steps": 0, "prompt_steps": 0, "tuning_steps": 0, "sdl_weight": 0,
                  "attention_factor": 1}
         require_all(self, above={"alpha_255": 0, "prompt_lr": 0, "lr": 0}, least=least)
         try:

@@ -97,9 +97,11 @@ class MetaCloak:
         from bench.options import require_all
 
         Budget(self.eps)
-        above = {"alpha_255": 0, "lr": 0, "min_crop": 0, "blur_low": 0}
-        least = {"trials": 0, "pool_steps": 0, "pgd_steps": 0, "prior_weight": 0, "flip": 0, "interval": 1, "batch": 1,
-                 "surrogate_steps": 1, "class_images": 1, "class_steps": 1, "pgd_batch": 1, "blur_high": self.blur_low}
+        above: dict[str, float] = {"alpha_255": 0, "lr": 0, "min_crop": 0, "blur_low": 0}
+        least: dict[str, float] = {
+            "trials": 0, "pool_steps": 0, "pgd_steps": 0, "prior_weight": 0, "flip": 0, "interval": 1, "batch": 1,
+            "surrogate_steps": 1, "class_images": 1, "class_steps": 1, "pgd_batch": 1, "blur_high": self.blur_low,
+        }
         require_all(self, above, least)
         _require_transformations(self)
         try:

@@ -55,8 +55,8 @@ class RecordingProcessor:
             first = attn.heads // 2 if self.later_half else 0
             self.kept[self.name] = probabilities.unflatten(0, (-1, attn.heads))[:, first:].mean(1)
         mixed = attn.batch_to_head_dim(torch.bmm(probabilities, value))
-        out: Tensor = attn.to_out[1](attn.to_out[0](mixed))
-        return out / attn.rescale_output_factor
+        out: Tensor = attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor
+        return out
 
 
 @contextmanager
