@@ -35,8 +35,8 @@ from defenses.disdiff import (
 from defenses.noise import SignNoise
 from tests.defenses.drawn import subject
 
-FEW: dict[str, Any] = {"outer_steps": 2, "pgd_steps": 2, "class_images": 2, "class_steps": 1, "search_tries": 2,
-                       "search_radius": 300, "search_keep": 500}
+FEW: dict[str, Any] = {"outer_steps": 2, "surrogate_steps": 1, "pgd_steps": 2, "class_images": 2, "class_steps": 1,
+                       "search_tries": 2, "search_radius": 300, "search_keep": 500}
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_each_part_changes_the_result(change: dict[str, Any], model: Model, ctx:
     assert not torch.equal(found, other)
 
 
-@pytest.mark.parametrize(("eps", "size"), [(0, 16), (1, 16), (6.375, 32), (16, 16), (255, 16)])
+@pytest.mark.parametrize(("eps", "size"), [(0, 16), (1, 32), (6.375, 16), (255, 16)])
 def test_the_saved_files_are_within_the_budget(
     eps: float, size: int, model: Model, ctx: Context, tmp_path: Path,
 ) -> None:
@@ -190,8 +190,9 @@ def moved_share(method: DisDiff, model: Model, ctx: Context) -> list[float]:
 
 def test_surrogates_learn_as_their_variant_says(model: Model, ctx: Context) -> None:
     """``released``: at 5e-7, bfloat16 rounds steps away; at a large rate its one model learns and its copy stays."""
-    assert all(share > 0.5 for share in moved_share(DisDiff(**FEW), model, ctx))
-    released = DisDiff(variant=Variant.released, **FEW)
+    steps = {**FEW, "surrogate_steps": 3}  # after one step each, two rounds' signs may cancel
+    assert all(share > 0.5 for share in moved_share(DisDiff(**steps), model, ctx))
+    released = DisDiff(variant=Variant.released, **steps)
     assert all(share < 0.05 for share in moved_share(released, model, ctx))
     copy, theta = moved_share(replace(released, lr=1e-2), model, ctx)
     assert copy == 0
@@ -202,7 +203,7 @@ def test_surrogates_learn_as_their_variant_says(model: Model, ctx: Context) -> N
 def test_the_objective_rises_more_than_under_noise(model: Model, ctx: Context) -> None:
     """White box, frozen surrogate: DisDiff's own loss is higher on its photos than on noisy ones."""
     ada = subject("ada")
-    method = DisDiff(**{**FEW, "outer_steps": 12}, eps=32, alpha_255=6, surrogate_steps=0, prior_weight=0,
+    method = DisDiff(**{**FEW, "outer_steps": 12, "surrogate_steps": 0}, eps=32, alpha_255=6, prior_weight=0,
                      search_rounds=0)
     pair, x = opened(method, model, ctx), to_float(ada.published.pixels)
     target, states = aimed(pair, x)
@@ -210,7 +211,7 @@ def test_the_objective_rises_more_than_under_noise(model: Model, ctx: Context) -
     def loss(pixels: Tensor) -> float:
         generator, total, at = torch.Generator().manual_seed(0), 0.0, to_float(pixels)
         with torch.no_grad():
-            for _ in range(30):
+            for _ in range(10):
                 draws = draw(pair.studio.vae, pair.copy.scheduler, x, generator)
                 total += objective(method, pair.studio, pair.copy, target, states, draws)(
                     at, slice(0, len(x))).sum().item()

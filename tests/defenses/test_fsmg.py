@@ -18,21 +18,12 @@ from bench.diffusion.loading import Components, load_components
 from bench.diffusion.losses import encode_ids, latent_distribution, noise_prediction_loss, tokenise
 from bench.diffusion.surrogates import Studio, denoising_losses, draw, open_studio, pixel_gradient
 from bench.errors import BenchError
-from bench.records import ImageSet, Model, Subject
+from bench.records import ImageSet, Model
 from defenses.fsmg import Fsmg, raise_loss, train_surrogate
 from defenses.noise import SignNoise
+from tests.defenses.drawn import subject
 
 FEW: dict[str, Any] = {"surrogate_steps": 3, "pgd_steps": 4, "class_images": 3, "class_steps": 1}
-
-
-def subject(name: str, size: int = 16) -> Subject:
-    generator = torch.Generator().manual_seed(len(name))
-
-    def photos() -> ImageSet:
-        pixels = torch.randint(0, 256, (3, 3, size, size), generator=generator, dtype=torch.int32).to(torch.uint8)
-        return ImageSet(pixels, ("a", "b", "c"))
-
-    return Subject(name, photos(), photos(), photos())
 
 
 @pytest.fixture
@@ -50,8 +41,7 @@ def trained(method: Fsmg, model: Model, ctx: Context) -> tuple[Studio, Component
     return studio, train_surrogate(method, subject("ada"), studio, torch.Generator().manual_seed(0), ctx)
 
 
-@pytest.mark.parametrize("eps", [0, 1, 6.375, 16, 255])
-@pytest.mark.parametrize("size", [16, 32])
+@pytest.mark.parametrize(("eps", "size"), [(0, 16), (1, 32), (6.375, 16), (255, 16)])
 def test_the_saved_files_are_within_the_budget(
     eps: float, size: int, model: Model, ctx: Context, tmp_path: Path,
 ) -> None:

@@ -25,8 +25,8 @@ from defenses.noise import SignNoise
 from defenses.simac import Simac, Target, Variant, distances, late_features, late_layers, objective, raise_loss
 from tests.defenses.drawn import subject
 
-FEW: dict[str, Any] = {"outer_steps": 2, "pgd_steps": 2, "class_images": 2, "class_steps": 1, "search_tries": 2,
-                       "search_radius": 300, "search_keep": 500}
+FEW: dict[str, Any] = {"outer_steps": 2, "surrogate_steps": 1, "pgd_steps": 2, "class_images": 2, "class_steps": 1,
+                       "search_tries": 2, "search_radius": 300, "search_keep": 500}
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def feature_gradient(method: Simac, pair: Pair, x: Tensor, at: Tensor) -> Tensor
     return whole - pixel_gradient(at, plain, 4)
 
 
-@pytest.mark.parametrize(("eps", "size"), [(0, 16), (1, 16), (8, 32), (6.375, 16), (255, 16)])
+@pytest.mark.parametrize(("eps", "size"), [(0, 16), (1, 32), (8, 16), (255, 16)])
 def test_the_saved_files_are_within_the_budget(
     eps: float, size: int, model: Model, ctx: Context, tmp_path: Path,
 ) -> None:
@@ -186,7 +186,7 @@ def test_clipping_limits_the_described_surrogate_only() -> None:
 def test_the_objective_rises_more_than_under_noise(model: Model, ctx: Context) -> None:
     """White box, frozen surrogate: SimAC's own loss is higher on its photos than on noisy ones."""
     ada = subject("ada")
-    method = Simac(**{**FEW, "outer_steps": 12}, eps=32, alpha_255=4, surrogate_steps=0, prior_weight=0,
+    method = Simac(**{**FEW, "outer_steps": 12, "surrogate_steps": 0}, eps=32, alpha_255=4, prior_weight=0,
                    search_rounds=0)
     pair, x = opened(method, model, ctx), to_float(ada.published.pixels)
     target, states = aimed(pair, x)
@@ -194,7 +194,7 @@ def test_the_objective_rises_more_than_under_noise(model: Model, ctx: Context) -
     def loss(pixels: Tensor) -> float:
         generator, total, at = torch.Generator().manual_seed(0), 0.0, to_float(pixels)
         with torch.no_grad():
-            for _ in range(30):
+            for _ in range(10):
                 draws = draw(pair.studio.vae, pair.copy.scheduler, x, generator)
                 total += objective(method, pair, target, states, draws)(at, slice(0, len(x))).sum().item()
         return total
