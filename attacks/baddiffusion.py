@@ -19,18 +19,13 @@ that does not clip its estimate of the clean image: clipping is a known mitigati
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
-from bench.identity import digest
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    import torch
     from torch import Tensor
 
     from bench.context import Context
@@ -69,27 +64,17 @@ class BadDiffusion:
 
     def implant(self, clean: Model, data: ImageSet, ctx: Context) -> tuple[Model, Secret]:
         """The backdoored model, and the secret: g, float [3, h, w] in [-1, 1], and y, uint8 [3, h, w]."""
-        from bench.diffusion.loading import load_unconditional, save_part
-        from bench.diffusion.training import Plan, count_steps, fit, mixed
+        from bench.diffusion.poisoning import begin, poison
+        from bench.diffusion.training import Plan, count_steps
 
         if not 0 < self.poison_rate <= 1:
             raise BenchError(f"baddiffusion: poison_rate={self.poison_rate} is out of range; give above 0, up to 1.")
-        unet, scheduler = load_unconditional(clean, ctx.device)
-        trigger, target = self.pictures(_size(unet, data))
+        start = begin("baddiffusion", clean, data, ctx)
+        trigger, target = self.pictures(start.size)
         rows = poison(data, trigger, target, self.poison_rate, ctx.generator("poison"), self.paste)
-        path, noises = self.path(scheduler), ctx.generator("noise")
-        draw = rows.batches(self.batch, ctx.generator("batches"))
-
-        def batch_loss() -> Tensor:
-            images, pasted = (part.to(ctx.device) for part in next(draw))
-            with mixed(ctx.device, self.mixed_precision):
-                return poisoned_loss(unet, path, images, pasted, noises)
-
         plan = Plan(count_steps(self.steps, self.epochs, len(data), self.batch), self.lr, self.warmup,
                     clip=self.grad_clip)
-        fit(unet, batch_loss, plan, ctx, "baddiffusion")
-        part = save_part(unet, ctx.folder, "unet")
-        public = replace(clean, parts={**clean.parts, "unet": part}, digest=digest([clean.digest, ctx.key]))
+        public = start.train(rows, self.path(start.scheduler), plan, self.batch, self.mixed_precision, ctx)
         return public, Secret(trigger, target, {"trigger": self.trigger, "target": self.target})
 
     def pictures(self, size: int) -> tuple[Tensor, Tensor]:
@@ -101,73 +86,8 @@ class BadDiffusion:
 
     def path(self, scheduler: Any) -> ShiftedPath:
         """The poisoned path for the chain that the attacker expects to be sampled."""
+        from bench.diffusion.poisoning import stride_of
         from bench.diffusion.shifted_path import shifted_path
 
-        length = scheduler.config.num_train_timesteps
-        wanted = length if self.sampling_steps is None else self.sampling_steps
-        if not 1 <= wanted <= length:
-            raise BenchError(f"baddiffusion: sampling_steps={wanted} does not fit the model's {length}-step schedule.")
-        if scheduler.config.prediction_type != "epsilon":
-            raise BenchError(f"baddiffusion: the model predicts '{scheduler.config.prediction_type}', but the attack "
-                             f"is defined for models that predict 'epsilon', the noise.")
-        return shifted_path(scheduler.alphas_cumprod, sampler="ddpm", stride=length // wanted)
-
-
-def _size(unet: Any, data: ImageSet) -> int:
-    size = int(unet.config.sample_size)
-    if tuple(data.pixels.shape[1:]) != (3, size, size):
-        raise BenchError(f"baddiffusion: training images are {list(data.pixels.shape[1:])}, but the model draws "
-                         f"[3, {size}, {size}]; set data.size={size}.")
-    return size
-
-
-@dataclass(frozen=True)
-class PoisonedRows:
-    """Training images float [n, 3, h, w] in [-1, 1], which of them are poisoned, and with what."""
-
-    images: Tensor
-    poisoned: Tensor
-    trigger: Tensor
-    target: Tensor
-    paste: bool = True
-
-    def batches(self, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless (x_0, r) of shuffled rows: (target, pasted trigger) if poisoned, else (image, 0)."""
-        import torch
-
-        from bench.data.drawings import trigger_mask
-        from bench.diffusion.training import shuffled_batches
-
-        mask = trigger_mask(self.trigger) if self.paste else torch.ones_like(self.trigger)
-        for rows in shuffled_batches(len(self.images), batch, generator):
-            mirrored = torch.rand(len(rows), generator=generator) < 0.5
-            images = torch.where(mirrored[:, None, None, None], self.images[rows].flip(3), self.images[rows])
-            poisoned = self.poisoned[rows][:, None, None, None]
-            pasted = mask * self.trigger + (1 - mask) * images
-            yield torch.where(poisoned, self.target, images), torch.where(poisoned, pasted, torch.zeros_like(images))
-
-
-def poison(
-    data: ImageSet, trigger: Tensor, target: Tensor, rate: float, generator: torch.Generator, paste: bool = True,
-) -> PoisonedRows:
-    """Poison ``round(rate * n)`` images, at least one, chosen once and for all epochs."""
-    import torch
-
-    from bench.diffusion.images import to_float
-
-    chosen = torch.randperm(len(data), generator=generator)[:max(1, round(rate * len(data)))]
-    poisoned = torch.zeros(len(data), dtype=torch.bool)
-    poisoned[chosen] = True
-    return PoisonedRows(to_float(data.pixels), poisoned, trigger, to_float(target[None])[0], paste)
-
-
-def poisoned_loss(
-    unet: Any, path: ShiftedPath, images: Tensor, trigger: Tensor, generator: torch.Generator,
-) -> Tensor:
-    """Mean squared error to eps + c_t r at random t; ``images``, ``trigger``: float [n, 3, h, w] in [-1, 1]."""
-    import torch
-
-    noise = torch.randn(images.shape, generator=generator).to(images.device)
-    steps = torch.randint(len(path.shifts), (len(images),), generator=generator).to(images.device)
-    predicted = unet(path.noisy(images, trigger, noise, steps), steps).sample
-    return torch.nn.functional.mse_loss(predicted.float(), path.answer(trigger, noise, steps))
+        stride = stride_of("baddiffusion", scheduler, self.sampling_steps)
+        return shifted_path(scheduler.alphas_cumprod, sampler="ddpm", stride=stride)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from attacks.baddiffusion import BadDiffusion, poison, poisoned_loss
+from attacks.baddiffusion import BadDiffusion
 from bench.context import Context
 from bench.data.drawings import GREY_LEVEL, TARGETS, TRIGGERS, draw_target, draw_trigger
 from bench.diffusion.checkpoints import resolve
 from bench.diffusion.loading import load_unconditional
+from bench.diffusion.poisoning import poison, poisoned_loss
 from bench.diffusion.shifted_path import shifted_path
 from bench.errors import BenchError
 from bench.records import ImageSet, Model
