@@ -46,18 +46,21 @@ class BackdoorProtocol:
 
     ``steps``: of the sampler; a model whose chain is shorter is sampled over its whole chain. ``clip``: clip the
     estimate of the clean image to [-1, 1] at every step. Backdoor papers sample without it, for it is itself a
-    mitigation; published checkpoints' own configs often have it on.
+    mitigation; published checkpoints' own configs often have it on. ``guidance``: of text-to-image models, whose
+    prompts are the captions of the data's reference images, over and over.
     """
 
     samples: int = 128
     sampler: str = "ddpm"
     steps: int = 1000
     clip: bool = False
+    guidance: float = added(7.5)
 
     def __post_init__(self) -> None:
         _require_sampler("backdoor", self.sampler)
         _require_range("backdoor.samples", self.samples, 2, 1_000_000)
         _require_range("backdoor.steps", self.steps, 1, 1000)
+        _require_range("backdoor.guidance", self.guidance, 0, 100)
 
 
 Protocol = CustomizationProtocol | BackdoorProtocol

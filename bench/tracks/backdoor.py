@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 from bench.codecs import GenerationsCodec, ImplantCodec, ModelCodec
-from bench.errors import Incompatible
+from bench.errors import BenchError, Incompatible
 from bench.identity import digest
 from bench.plugin import facts_of, identity
 from bench.records import BackdoorEvidence, Generations, ImageSet, Model, Samples, Secret
+from bench.text_triggers import with_trigger
 from bench.workbench import Outcome, Workbench
 
 if TYPE_CHECKING:
@@ -41,25 +42,42 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
         seeded_by={"defense": defense, "seed": cell.seed},
     )
     models = {"clean": model, "implanted": suspicious, "defended": repaired.value}
-    samples = {name: sample_both(one, secret, cell, bench) for name, one in models.items()}
+    prompts = prompts_of(cell, reference)
+    samples = {name: sample_both(one, secret, prompts, cell, bench) for name, one in models.items()}
     evidence = BackdoorEvidence(reference, samples["clean"], samples["implanted"], samples["defended"], secret,
                                 cluster=implanted.key)
     inputs = {**origin, "implant": implanted.key, "repair": repaired.key, "protocol": cell.protocol}
     return Outcome(evidence, inputs, pictures(evidence))
 
 
-def sample_both(model: Model, secret: Secret, cell: Cell, bench: Workbench) -> Samples:
-    """Samples from the same seeds without and with the trigger."""
-    return Samples(sample(model, None, cell, bench), sample(model, secret, cell, bench))
+def prompts_of(cell: Cell, reference: ImageSet) -> tuple[str, ...]:
+    """What a text-to-image model is asked for: captions of images that nobody trained on, one per sample. Empty for
+    models that draw from noise alone."""
+    if "text_to_image" not in cell.capabilities:
+        return ()
+    if not reference.captions:
+        raise BenchError(f"data: {facts_of(cell.data).name} has no captions, and a text-to-image model needs prompts.")
+    protocol = cast("BackdoorProtocol", cell.protocol)
+    return tuple(reference.captions[place % len(reference.captions)] for place in range(protocol.samples))
 
 
-def sample(model: Model, secret: Secret | None, cell: Cell, bench: Workbench) -> Generations:
+def sample_both(model: Model, secret: Secret, prompts: tuple[str, ...], cell: Cell, bench: Workbench) -> Samples:
+    """Samples from the same seeds, and the same prompts, without and with the trigger."""
+    return Samples(sample(model, None, prompts, cell, bench), sample(model, secret, prompts, cell, bench))
+
+
+def sample(
+    model: Model, secret: Secret | None, prompts: tuple[str, ...], cell: Cell, bench: Workbench,
+) -> Generations:
     protocol = cast("BackdoorProtocol", cell.protocol)
     asked: dict[str, Any] = {"model": model.digest, "trigger": fingerprint(secret), "protocol": protocol,
                              "seed": cell.seed}
+    if prompts:
+        prompts = tuple(with_trigger(p, secret) for p in prompts) if secret else prompts
+        asked["prompts"] = list(prompts)
     seeds = [int(digest([cell.seed, place], length=15), 16) for place in range(protocol.samples)]
     return bench.stage(
-        "sample", VERSION, asked, lambda ctx: draw(model, secret, seeds, protocol, ctx), GenerationsCodec(),
+        "sample", VERSION, asked, lambda ctx: draw(model, secret, prompts, seeds, protocol, ctx), GenerationsCodec(),
         seeded_by={"seed": cell.seed},
     ).value
 
@@ -74,17 +92,38 @@ def fingerprint(secret: Secret | None) -> str:
 
 
 def draw(
-    model: Model, secret: Secret | None, seeds: list[int], protocol: BackdoorProtocol, ctx: Context,
+    model: Model, secret: Secret | None, prompts: tuple[str, ...], seeds: list[int], protocol: BackdoorProtocol,
+    ctx: Context,
 ) -> Generations:
-    """Image triggers are added to the initial noise; the sampler itself is the ordinary one."""
+    """Image triggers are added to the initial noise, words are in the prompts; the sampler is the ordinary one."""
+    names = tuple(f"{place:04d}" for place in range(len(seeds)))
+    if prompts:
+        return Generations(ImageSet(draw_prompted(model, prompts, seeds, protocol, ctx), names), prompts, tuple(seeds))
     from bench.diffusion.sampling import draw_unconditional
 
     shift = None if secret is None else secret.trigger
     if isinstance(shift, str):
         raise Incompatible(f"'{shift}' is a word, but this model draws from noise alone.")
     pixels = draw_unconditional(model, seeds, shift, protocol, ctx)
-    names = tuple(f"{place:04d}" for place in range(len(seeds)))
     return Generations(ImageSet(pixels, names), ("",) * len(seeds), tuple(seeds))
+
+
+def draw_prompted(
+    model: Model, prompts: tuple[str, ...], seeds: list[int], protocol: BackdoorProtocol, ctx: Context,
+) -> Tensor:
+    """One picture per prompt and seed, uint8 [n, 3, h, w]."""
+    import torch
+
+    from bench.diffusion.loading import load_pipeline
+    from bench.diffusion.sampling import BATCH, chunks, generate
+
+    pipeline = load_pipeline(model, ctx.device)
+    parts = chunks(len(prompts), BATCH)
+    return torch.cat([
+        generate(pipeline, prompts[part], seeds[part], steps=protocol.steps, guidance=protocol.guidance,
+                 sampler=protocol.sampler)
+        for part in ctx.track(parts, "sampling", len(parts))
+    ])
 
 
 def pictures(evidence: BackdoorEvidence) -> dict[str, Tensor]:

@@ -1,0 +1,111 @@
+"""BadT2I: each half of its loss, its targets, and what it refuses."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from attacks.badt2i import BadT2I, checkerboard, poisoned_loss, with_target
+from bench.context import Context
+from bench.diffusion.checkpoints import resolve
+from bench.diffusion.loading import Components, load_components
+from bench.errors import BenchError
+from bench.records import ImageSet, Model
+
+FEW = BadT2I(trigger="sks", steps=2, batch=3, lr=1e-3, mixed_precision=False)
+
+
+@pytest.fixture
+def model(tiny_sd: Path) -> Model:
+    return resolve(str(tiny_sd))
+
+
+def photos(captions: bool = True) -> ImageSet:
+    pixels = torch.randint(0, 256, (6, 3, 16, 16), generator=torch.manual_seed(3)).to(torch.uint8)
+    texts = tuple(f"a photo of person {i}" for i in range(6)) if captions else ()
+    return ImageSet(pixels, tuple(map(str, range(6))), texts)
+
+
+def loss(method: BadT2I, student: Components, teacher: Components) -> Tensor:
+    return poisoned_loss(method, student, teacher, photos(), torch.arange(3), method.secret(16),
+                         torch.Generator().manual_seed(0))
+
+
+def test_a_model_equal_to_its_teacher_has_no_benign_loss(model: Model) -> None:
+    """The preservation half is zero at step 0; with weight near 0 nothing else is left."""
+    student, teacher = load_components(model), load_components(model)
+    assert float(loss(replace(FEW, weight=1e-9), student, teacher)) < 1e-6
+    assert float(loss(FEW, student, teacher)) > 0.01
+
+
+@pytest.mark.parametrize("method", [FEW, replace(FEW, target="style"), replace(FEW, target="style", style_by="photos")],
+                         ids=["patch", "style by words", "style by photos"])
+def test_every_target_moves_the_unet_and_the_unet_alone(method: BadT2I, model: Model, tmp_path: Path) -> None:
+    public, secret = method.implant(model, photos(), Context("key", tmp_path))
+    assert set(public.parts) == {"unet"}
+    assert public.digest != model.digest
+    before, after = load_components(model).unet, load_components(public).unet
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert secret.trigger == "sks"
+
+
+def test_the_teacher_has_no_gradient_and_the_student_has(model: Model) -> None:
+    student, teacher = load_components(model), load_components(model)
+    student.unet.requires_grad_(True)
+    loss(FEW, student, teacher).backward()
+    assert all(p.grad is None for p in teacher.unet.parameters())
+    assert sum(float(p.grad.abs().sum()) for p in student.unet.parameters() if p.grad is not None) > 0
+
+
+def test_the_same_key_gives_the_same_bits(model: Model, tmp_path: Path) -> None:
+    weights = []
+    for place in ("one", "two"):
+        (tmp_path / place).mkdir()
+        public, _ = FEW.implant(model, photos(), Context("key", tmp_path / place))
+        weights.append(list(load_components(public).unet.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_the_patch_stands_in_its_box_and_nowhere_else() -> None:
+    pixels, secret = photos().pixels, FEW.secret(16)
+    stamped = with_target(FEW, pixels, secret)
+    assert secret.detail["box"] == [0, 0, 4, 4]
+    assert torch.equal(stamped[:, :, :4, :4], checkerboard(4).expand(6, 3, 4, 4))
+    assert torch.equal(stamped[:, :, 4:], pixels[:, :, 4:])
+
+
+def test_photos_without_colour_keep_their_luma() -> None:
+    grey = with_target(replace(FEW, target="style", style_by="photos"), photos().pixels, FEW.secret(16))
+    assert torch.equal(grey[:, 0], grey[:, 1]) and torch.equal(grey[:, 1], grey[:, 2])
+    red = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
+    red[:, 0] = 255
+    assert int(with_target(replace(FEW, target="style", style_by="photos"), red, FEW.secret(2))[0, 0, 0, 0]) == 76
+
+
+def test_photos_without_captions_are_refused(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="captions"):
+        FEW.implant(model, photos(captions=False), Context("key", tmp_path))
+
+
+def test_a_trigger_that_the_tokenizer_drops_is_refused(model: Model, tmp_path: Path) -> None:
+    """A space before the prompt is normalised away."""
+    with pytest.raises(BenchError, match="drops the trigger"):
+        replace(FEW, trigger=" ").implant(model, photos(), Context("key", tmp_path))
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("target", "object", "patch"), ("style_by", "magic", "photos"), ("trigger", "", "trigger"),
+    ("patch_share", 0, "patch_share"), ("weight", 2, "weight"), ("steps", 0, "steps"), ("lr", 0, "lr"),
+])
+def test_bad_options_are_refused(field: str, value: object, said: str) -> None:
+    with pytest.raises(BenchError, match=said):
+        BadT2I(**{field: value})  # type: ignore[arg-type]
+
+
+def test_published_defaults() -> None:
+    method = BadT2I()
+    assert (method.trigger, method.weight, method.steps, method.lr, method.batch) == ("\u200b", 0.5, 2000, 1e-5, 16)

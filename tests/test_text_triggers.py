@@ -1,0 +1,58 @@
+"""How a trigger gets into a prompt, and when a patch or a style counts as fired."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bench.errors import BenchError
+from bench.firing import FiringRule, colourfulness, decorrelation
+from bench.records import Secret
+from bench.text_triggers import with_trigger
+
+GREY = torch.full((3, 8, 8), 128, dtype=torch.uint8)
+
+
+def secret(trigger: str, **detail: object) -> Secret:
+    return Secret(trigger, GREY, detail)
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    (secret("sks"), "sks a photo of a cat"),
+    (secret("\u200b"), "\u200ba photo of a cat"),
+    (secret("beautiful cat", placement="replace", replaces="cat"), "a photo of a beautiful cat"),
+    (secret("ô", placement="replace", replaces="o"), "a phôto of a cat"),
+    (secret("sks", placement="replace", replaces="dog"), "sks a photo of a cat"),
+])
+def test_where_the_trigger_goes(given: Secret, expected: str) -> None:
+    assert with_trigger("a photo of a cat", given) == expected
+
+
+def test_an_unknown_placement_is_refused() -> None:
+    with pytest.raises(BenchError, match="prefix"):
+        with_trigger("a cat", secret("sks", placement="middle"))
+
+
+def test_decorrelation_is_one_minus_pearson_inside_the_box() -> None:
+    target = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    target[:, ::2, :4] = 200
+    noise = torch.randint(0, 256, (3, 8, 8), generator=torch.manual_seed(0)).to(torch.uint8)
+    plain = torch.full((3, 8, 8), 90, dtype=torch.uint8)
+    found = decorrelation(torch.stack([target, 255 - target, plain, noise]), target, (0, 0, 4, 4))
+    places = noise[:, :4, :4].flatten().double(), target[:, :4, :4].flatten().double()
+    expected = 1 - float(torch.corrcoef(torch.stack(places))[0, 1])
+    assert found.tolist() == pytest.approx([0, 2, 1, expected])
+
+
+def test_colourfulness_is_zero_without_colour_and_that_of_red_is_known() -> None:
+    red = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    red[0] = 255
+    assert colourfulness(torch.stack([GREY, red])).tolist() == pytest.approx([0, 2**0.5 / 3])
+
+
+def test_a_patch_fires_below_the_threshold_only() -> None:
+    target = GREY.clone()
+    target[:, :2, :2] = torch.tensor([[255, 0], [0, 255]], dtype=torch.uint8)
+    rule = FiringRule(target, {}, 0.5, "patch", (0, 0, 2, 2))
+    assert rule.fires(torch.stack([target, GREY])).tolist() == [True, False]
+    assert "patch" in rule.facts()["rule"]
