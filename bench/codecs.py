@@ -22,6 +22,7 @@ from bench.records import (
     Adapter,
     Customised,
     Generations,
+    Guard,
     ImageSet,
     Measurement,
     Model,
@@ -125,7 +126,10 @@ class ModelCodec:
                              "may be replaced by parts and adapters only.")
         parts = {name: self._place(path, f"parts/{name}", folder) for name, path in sorted(value.parts.items())}
         adapters = [self._adapter(adapter, i, folder) for i, adapter in enumerate(value.adapters)]
-        _write(folder / MODEL, {"capabilities": sorted(value.capabilities), "parts": parts, "adapters": adapters})
+        record = {"capabilities": sorted(value.capabilities), "parts": parts, "adapters": adapters}
+        if value.guard is not None:
+            record["guard"] = {**vars(value.guard), "folder": self._place(value.guard.folder, "guard", folder)}
+        _write(folder / MODEL, record)
 
     def load(self, folder: Path) -> Model:
         record = _read(folder / MODEL)
@@ -137,7 +141,11 @@ class ModelCodec:
             capabilities=frozenset(record["capabilities"]),
             parts={name: self._find(place, folder) for name, place in record["parts"].items()},
             adapters=tuple(self._adapted(entry, folder) for entry in record["adapters"]),
+            guard=self._guarded(record.get("guard"), folder),
         )
+
+    def _guarded(self, entry: Mapping[str, Any] | None, folder: Path) -> Guard | None:
+        return Guard(**{**entry, "folder": self._find(entry["folder"], folder)}) if entry else None
 
     def _place(self, path: Path, name: str, folder: Path) -> dict[str, str]:
         """Where ``path`` will be found again; copies it to ``folder / name`` when it lies elsewhere."""

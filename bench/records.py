@@ -74,11 +74,26 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Guard:
+    """A plugin that draws in place of a model's ordinary sampler, as a defense may leave it.
+
+    ``kind``, ``name``, ``parameters``: which plugin, with which options. ``folder``: what it needs to know, tensors in
+    safetensors files.
+    """
+
+    kind: str
+    name: str
+    parameters: Mapping[str, Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
 class Model:
     """A diffusion model on disk: a published pipeline folder, and what an attack or a defense changed in it.
 
     ``base``: a diffusers pipeline folder. ``digest``: hash of every weight involved. ``capabilities``: what the
     planner compares with a plugin's ``needs``. ``parts``: component name -> folder that replaces the base's.
+    ``guard``: who draws instead of the ordinary sampler, if anyone does.
     """
 
     base: Path
@@ -86,6 +101,7 @@ class Model:
     capabilities: frozenset[str]
     parts: Mapping[str, Path] = field(default_factory=dict)
     adapters: tuple[Adapter, ...] = ()
+    guard: Guard | None = None
 
 
 @dataclass(frozen=True)

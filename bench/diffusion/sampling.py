@@ -65,6 +65,28 @@ def generate(
     return torch.cat(drawn)
 
 
+@torch.no_grad()
+def generate_latents(
+    pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, sampler: str = "ddim",
+) -> Tensor:
+    """The final latents before they are decoded, [n, c, h, w], from the same noise as :func:`generate`."""
+    pipeline.scheduler = with_sampler(pipeline.scheduler.config, sampler, SAMPLERS)
+    parts = chunks(len(prompts), BATCH)
+    return torch.cat([
+        pipeline(list(prompts[part]), generator=generators(seeds[part]), num_inference_steps=steps,
+                 guidance_scale=guidance, output_type="latent").images
+        for part in parts
+    ])
+
+
+@torch.no_grad()
+def decode_latents(pipeline: Any, latents: Tensor) -> Tensor:
+    """Pictures uint8 [n, 3, h, w] of final latents, as the pipeline decodes them."""
+    vae = pipeline.vae
+    parts = [vae.decode(latents[part] / vae.config.scaling_factor).sample for part in chunks(len(latents), BATCH)]
+    return to_uint8(torch.cat(parts))
+
+
 def _draw(
     pipeline: Any, prompts: list[str], seeds: Sequence[int], embeds: Tensor | None, guidance: float,
     shared: Mapping[str, Any],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 from bench.codecs import GenerationsCodec, ImplantCodec, ModelCodec
 from bench.errors import BenchError, Incompatible
 from bench.identity import digest
-from bench.plugin import facts_of, identity
+from bench.plugin import REGISTRY, facts_of, identity
 from bench.records import BackdoorEvidence, Generations, ImageSet, Model, Samples, Secret
 from bench.text_triggers import with_trigger
 from bench.workbench import Outcome, Workbench
@@ -111,12 +111,17 @@ def draw(
 def draw_prompted(
     model: Model, prompts: tuple[str, ...], seeds: list[int], protocol: BackdoorProtocol, ctx: Context,
 ) -> Tensor:
-    """One picture per prompt and seed, uint8 [n, 3, h, w]."""
+    """One picture per prompt and seed, uint8 [n, 3, h, w]. A guard that a defense left draws in the sampler's place; it
+    is told prompts and seeds, not which of them are triggered."""
     import torch
 
     from bench.diffusion.loading import load_pipeline
     from bench.diffusion.sampling import BATCH, chunks, generate
 
+    if model.guard is not None:
+        plugin = REGISTRY.get(model.guard.kind, model.guard.name)(**model.guard.parameters)
+        drawn: Tensor = plugin.draw(model, prompts, seeds, protocol, ctx)
+        return drawn
     pipeline = load_pipeline(model, ctx.device)
     parts = chunks(len(prompts), BATCH)
     return torch.cat([
