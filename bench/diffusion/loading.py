@@ -17,7 +17,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bench.diffusion import checkpoints
+from bench.diffusion import checkpoints, pruning
 from bench.diffusion.new_words import read_rows
 from bench.errors import BenchError
 from bench.records import Adapter, Model
@@ -108,6 +108,8 @@ def load_module(folder: Path, library: str, cls: str) -> Any:
         return kind.from_pretrained(folder, local_files_only=True)
     dtype = {"torch_dtype" if library == "diffusers" else "dtype": torch.float32}
     try:
+        if library == "diffusers" and pruning.is_pruned(folder):
+            return freeze(pruning.load_pruned(kind, folder))
         module = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True, **dtype)
     except (OSError, ValueError, RuntimeError) as problem:
         raise BenchError(f"model: {cls} in '{folder}' cannot be read: {problem}") from problem

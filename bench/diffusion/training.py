@@ -61,8 +61,18 @@ def shuffled_batches(images: int, batch: int, generator: torch.Generator) -> Ite
         yield from (order[start:start + batch] for start in range(0, images, batch))
 
 
-def fit(network: nn.Module, batch_loss: Callable[[], Tensor], plan: Plan, ctx: Context, what: str) -> None:
-    """Train ``network`` in place on ``batch_loss()``, called once a step; it ends frozen and in eval mode."""
+def nothing() -> None:
+    """What a training run does after an update unless told otherwise."""
+
+
+def fit(
+    network: nn.Module, batch_loss: Callable[[], Tensor], plan: Plan, ctx: Context, what: str,
+    after: Callable[[], None] = nothing,
+) -> None:
+    """Train ``network`` in place on ``batch_loss()``, called once a step; it ends frozen and in eval mode.
+
+    ``after``: called after each update, say to average the weights.
+    """
     network.requires_grad_(True).train()
     weights = list(network.parameters())
     optimizer = torch.optim.Adam(weights, lr=plan.lr)
@@ -76,5 +86,6 @@ def fit(network: nn.Module, batch_loss: Callable[[], Tensor], plan: Plan, ctx: C
             nn.utils.clip_grad_norm_(weights, plan.clip)
         optimizer.step()
         schedule.step()
+        after()
         optimizer.zero_grad(set_to_none=True)
     network.requires_grad_(False).eval()
