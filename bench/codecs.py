@@ -126,7 +126,7 @@ class ModelCodec:
                              "may be replaced by parts and adapters only.")
         parts = {name: self._place(path, f"parts/{name}", folder) for name, path in sorted(value.parts.items())}
         adapters = [self._adapter(adapter, i, folder) for i, adapter in enumerate(value.adapters)]
-        record = {"capabilities": sorted(value.capabilities), "parts": parts, "adapters": adapters}
+        record: dict[str, Any] = {"capabilities": sorted(value.capabilities), "parts": parts, "adapters": adapters}
         if value.guard is not None:
             record["guard"] = {**vars(value.guard), "folder": self._place(value.guard.folder, "guard", folder)}
         _write(folder / MODEL, record)
