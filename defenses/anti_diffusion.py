@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
-from bench.errors import BenchError, unknown
+from bench.errors import BenchError
+from bench.options import Variant, require_all, variant
 from bench.plugin import plugin
 from bench.records import Budget
 
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     from bench.diffusion.loading import Components
     from bench.diffusion.surrogates import Draws, Losses
     from bench.records import ImageSet, Model, Subject
-
-
-class Variant(Enum):
-    """``described``: what the paper says. ``released``: what its code does."""
-
-    described = "described"
-    released = "released"
 
 
 @plugin(
@@ -79,16 +72,11 @@ class AntiDiffusion:
     variant: Variant = Variant.described
 
     def __post_init__(self) -> None:
-        from bench.options import require_all
-
         Budget(self.eps)
         least: dict[str, float] = {"epochs": 0, "pgd_steps": 0, "prompt_steps": 0, "tuning_steps": 0, "sdl_weight": 0,
                  "attention_factor": 1}
         require_all(self, above={"alpha_255": 0, "prompt_lr": 0, "lr": 0}, least=least)
-        try:
-            self.variant = Variant(self.variant)
-        except ValueError:
-            raise unknown("variant", str(self.variant), "defense.variant", [v.value for v in Variant]) from None
+        self.variant = variant(self.variant)
 
     def budget(self) -> Budget:
         """``eps``; of ``released``, what its rounds can add up to."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
-from bench.errors import BenchError, unknown
+from bench.errors import BenchError
+from bench.options import Variant, require_all, variant
 from bench.plugin import plugin
 from bench.records import Budget
 
@@ -22,17 +22,9 @@ if TYPE_CHECKING:
 
     from bench.context import Context
     from bench.diffusion.finetuning import Lesson, Surrogate
-    from bench.diffusion.loading import Components
     from bench.diffusion.losses import LatentDistribution
     from bench.diffusion.surrogates import Losses, Studio, Teaching
     from bench.records import ImageSet, Model, Subject
-
-
-class Variant(Enum):
-    """``described``: what the paper says. ``released``: what its code does."""
-
-    described = "described"
-    released = "released"
 
 
 @plugin(
@@ -94,8 +86,6 @@ class MetaCloak:
     variant: Variant = Variant.described
 
     def __post_init__(self) -> None:
-        from bench.options import require_all
-
         Budget(self.eps)
         above: dict[str, float] = {"alpha_255": 0, "lr": 0, "min_crop": 0, "blur_low": 0}
         least: dict[str, float] = {
@@ -104,22 +94,16 @@ class MetaCloak:
         }
         require_all(self, above, least)
         _require_transformations(self)
-        try:
-            self.variant = Variant(self.variant)
-        except ValueError:
-            raise unknown("variant", str(self.variant), "defense.variant", [v.value for v in Variant]) from None
+        self.variant = variant(self.variant)
 
     def budget(self) -> Budget:
         return Budget(self.eps)
 
     def protect(self, subjects: Sequence[Subject], model: Model, ctx: Context) -> list[ImageSet]:
         """Set B of each subject, each from a pool of its own."""
-        from bench.diffusion.surrogates import Studio, protect_each, weights_of
+        from bench.diffusion.surrogates import protect_each
 
-        fused = self.variant is Variant.described
-        studio = Studio(model, self.teaching(), ctx, load(self, model, ctx), fused)
-        theta = studio.surrogate(studio.components)
-        workshop = Workshop(studio, theta, weights_of(theta))
+        workshop = open_workshop(self, model, ctx)
         return protect_each(subjects, self.budget(), model, ctx, "metacloak",
                             lambda subject, x: cloak(self, subject, x, workshop, ctx))
 
@@ -148,20 +132,15 @@ class Workshop:
     start: list[Tensor]
 
 
-def load(method: MetaCloak, model: Model, ctx: Context) -> Components:
-    """The model's components; all in bfloat16 for ``released``."""
-    import copy
-    from dataclasses import replace
+def open_workshop(method: MetaCloak, model: Model, ctx: Context) -> Workshop:
+    """Load the model once, in the variant's precision."""
+    from bench.diffusion.pairs import load
+    from bench.diffusion.surrogates import Studio, weights_of
 
-    import torch
-
-    from bench.diffusion.loading import load_components
-
-    components = load_components(model, ctx.device)
-    if method.variant is Variant.described:
-        return components
-    names = ("unet", "text_encoder", "vae")
-    return replace(components, **{n: copy.deepcopy(getattr(components, n)).to(torch.bfloat16) for n in names})
+    half = method.variant is Variant.released
+    studio = Studio(model, method.teaching(), ctx, load(model, ctx.device, half), fused=not half)
+    theta = studio.surrogate(studio.components)
+    return Workshop(studio, theta, weights_of(theta))
 
 
 def cloak(method: MetaCloak, subject: Subject, x: Tensor, workshop: Workshop, ctx: Context) -> Tensor:

@@ -20,11 +20,11 @@ from bench.diffusion.loading import load_components
 from bench.diffusion.losses import latent_distribution, noise_prediction_loss
 from bench.diffusion.surrogates import draw, pixel_gradient
 from bench.errors import BenchError
+from bench.options import Variant
 from bench.records import ImageSet, Model, Subject
 from defenses.anti_diffusion import (
     AntiDiffusion,
     Desk,
-    Variant,
     disturb,
     fit_prompt,
     objective,
@@ -69,10 +69,10 @@ def denoising_loss(desk: Desk, x: Tensor, states: Tensor) -> float:
     """L_ldm of a photo under many draws."""
     generator, total, parts = seeded(0), 0.0, desk.parts
     with torch.no_grad():
-        for _ in range(40):
+        for _ in range(20):
             latents = latent_distribution(parts.vae, x).sample(generator)
             total += noise_prediction_loss(parts.unet, parts.scheduler, latents, states, generator=generator).item()
-    return total / 40
+    return total / 20
 
 
 @pytest.mark.parametrize("variant", list(Variant))
@@ -147,7 +147,7 @@ def test_a_width_without_maps_is_refused(model: Model, ctx: Context) -> None:
 
 def test_prompt_tuning_fits_the_photo(model: Model, ctx: Context) -> None:
     desk, x = open_desk(AntiDiffusion(), model, ctx), photo()
-    fitted = fit_prompt(AntiDiffusion(prompt_steps=60, prompt_lr=0.05), desk, x, desk.empty, seeded())
+    fitted = fit_prompt(AntiDiffusion(prompt_steps=30, prompt_lr=0.1), desk, x, desk.empty, seeded())
     assert denoising_loss(desk, x, fitted) < denoising_loss(desk, x, desk.empty)
     assert not fitted.requires_grad
 
@@ -178,23 +178,24 @@ def test_a_tuned_unet_changes_what_the_pixels_become(model: Model, ctx: Context)
     assert not torch.equal(found, other)
 
 
-def test_the_objective_rises_more_than_under_noise(model: Model, ctx: Context) -> None:
-    """White box, frozen UNet, empty prompt: J is higher on its photos than on noisy ones."""
-    ada = subject("ada")
-    method = AntiDiffusion(eps=32, alpha_255=2, epochs=0, pgd_steps=80, prompt_steps=0, attention_factor=1)
+def test_the_objective_rises_more_than_under_noise(ctx: Context) -> None:
+    """White box, embedded weights, empty prompt: J is higher on its photos than on noisy ones. A random network would
+    not do: it hardly sees its photo."""
+    ada, model = subject("ada", 32), resolve("micro-sd-a")
+    method = AntiDiffusion(eps=16, alpha_255=3, epochs=0, pgd_steps=12, prompt_steps=0, attention_factor=2)
     desk = open_desk(method, model, ctx)
 
     def height(photos: ImageSet) -> float:
         x, generator, total = to_float(photos.pixels), seeded(0), 0.0
-        with torch.no_grad(), recorded(desk.parts.unet) as maps:
-            for _ in range(40):
+        with torch.no_grad(), recorded(desk.parts.unet, frozenset({4})) as maps:
+            for _ in range(12):
                 draws = draw(desk.parts.vae, desk.parts.scheduler, x, generator)
                 total += objective(method, desk, desk.empty, draws, maps)(x, slice(0, len(x))).mean().item()
-        return total / 40
+        return total / 12
 
     protected = height(method.protect([ada], model, ctx)[0])
-    assert protected > height(ada.published)
-    assert protected > height(SignNoise(32).protect([ada], model, ctx)[0])
+    assert protected > height(ada.published) + 0.01
+    assert protected > height(SignNoise(16).protect([ada], model, ctx)[0]) + 0.01
 
 
 def test_neither_order_nor_company_matters(model: Model, ctx: Context) -> None:
