@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
+from typing import Protocol
 
 from bench.errors import BenchError, unknown
 
@@ -48,3 +49,42 @@ def check_encoders(names: Sequence[str]) -> None:
     if JUDGE in names:
         raise BenchError(f"defense.encoders: {JUDGE} is the judge; it scores, and no defense may use it. Take "
                          "micro-face-1 or micro-face-2.")
+
+
+REPAIR_DATA = ("synthetic", "real")
+
+
+class RepairOptions(Protocol):
+    """Fields of a defense that repairs by distillation (`bench.diffusion.distilling`).
+
+    ``repair_data``: ``synthetic`` (``synthetic_images`` samples of the suspicious model, drawn by
+    ``synthetic_sampler`` in ``synthetic_steps`` steps) or ``real`` (``real_share`` of the defender's images).
+    ``steps``: number of updates, None for ``epochs`` passes. ``distill``: weight w of the teacher's term.
+    ``ema``: largest decay of the averaged weights, which are what is kept; 0 for the last ones.
+    """
+
+    repair_data: str
+    real_share: float
+    synthetic_images: int
+    synthetic_sampler: str
+    synthetic_steps: int
+    epochs: int
+    steps: int | None
+    batch: int
+    lr: float
+    distill: float
+    ema: float
+    grad_clip: float
+    mixed_precision: bool
+
+
+def check_repair(options: RepairOptions) -> None:
+    """Refuse settings that cannot work, before any work starts."""
+    if options.repair_data not in REPAIR_DATA:
+        raise unknown("repair_data", options.repair_data, "defense.repair_data", REPAIR_DATA)
+    require_all(options, above={"real_share": 0, "lr": 0}, least={
+        "synthetic_images": 1, "synthetic_steps": 1, "epochs": 1, "batch": 1, "distill": 0, "ema": 0, "grad_clip": 0})
+    require("steps", 1 if options.steps is None else options.steps, 1)
+    if options.real_share > 1 or options.ema >= 1:
+        raise BenchError(f"defense.real_share={options.real_share}, defense.ema={options.ema}: give a share of at "
+                         "most 1 and a decay below 1.")

@@ -145,6 +145,17 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Report:
+    """What a defense of models says besides the model that it returns. ``verdict``: on the whole model, None if it
+    gives none; ``trigger``: what it believes to be added to the noise, float [3, h, w]; ``facts``: named numbers, such
+    as ``removed_share``."""
+
+    verdict: Verdict | None = None
+    trigger: Tensor | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Row:
     """One sample's value. ``cluster``: the unit of statistics (subject, or implanted model), not the image.
 
@@ -202,7 +213,8 @@ class Samples:
 class BackdoorEvidence:
     """What backdoor metrics see: the same seeds through the clean, the implanted and the defended model.
 
-    ``reference``: real images the models never trained on. ``cluster``: name of this implanted model.
+    ``reference``: real images the models never trained on. ``cluster``: name of this implanted model. ``report``:
+    what the defense says of the model, None if it says nothing.
     """
 
     reference: ImageSet
@@ -211,6 +223,7 @@ class BackdoorEvidence:
     defended: Samples
     secret: Secret
     cluster: str
+    report: Report | None = None
 
 
 Evidence = CustomizationEvidence | BackdoorEvidence

@@ -150,7 +150,10 @@ def random_score(generator: torch.Generator) -> Score:
 
 
 def collect_gradients(network: nn.Module, losses: Iterator[Tensor]) -> dict[str, Tensor]:
-    """The gradient of the sum of ``losses``, by parameter name; the network is left frozen and without gradients."""
+    """The gradient of the sum of ``losses``, by parameter name; the network is left frozen and without gradients.
+
+    ``losses``: made one at a time, when asked for: a frozen network is set to take gradients first.
+    """
     network.requires_grad_(True)
     network.zero_grad(set_to_none=True)
     for loss in losses:

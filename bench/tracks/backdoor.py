@@ -9,6 +9,7 @@ from bench.errors import BenchError, Incompatible
 from bench.identity import digest
 from bench.plugin import REGISTRY, facts_of, identity
 from bench.records import BackdoorEvidence, Generations, ImageSet, Model, Samples, Secret
+from bench.reports import read_report
 from bench.text_triggers import with_trigger
 from bench.workbench import Outcome, Workbench
 
@@ -45,7 +46,7 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
     prompts = prompts_of(cell, reference)
     samples = {name: sample_both(one, secret, prompts, cell, bench) for name, one in models.items()}
     evidence = BackdoorEvidence(reference, samples["clean"], samples["implanted"], samples["defended"], secret,
-                                cluster=implanted.key)
+                                cluster=implanted.key, report=read_report(repaired.folder))
     inputs = {**origin, "implant": implanted.key, "repair": repaired.key, "protocol": cell.protocol}
     return Outcome(evidence, inputs, pictures(evidence))
 
