@@ -36,9 +36,9 @@ def test_a_report_without_verdict_and_trigger_comes_back(tmp_path: Path) -> None
 
 
 def test_verdict_share_and_distance_to_the_true_trigger(backdoor: Make, ctx: Context) -> None:
+    true = draw_trigger("box", 32)
     evidence = backdoor(HAT)
-    true = evidence.secret.trigger
-    assert isinstance(true, torch.Tensor)
+    evidence = replace(evidence, secret=replace(evidence.secret, trigger=true))
     report = Report(Verdict("mine", 0.75, True), -2 * true, {"removed_share": 0.01})
     found = by_name(replace(evidence, report=report), ctx)
     assert found["model_flagged"].value == 1 and found["model_score"].value == 0.75
