@@ -234,7 +234,7 @@ def invert(sample: Callable[[Tensor], Tensor], noises: Tensor, options: DiffClea
         images = sample(noises + pattern.detach()).requires_grad_(True)
         targets = target_set(alike(images.detach(), options.similarity))
         similarity, others = image_losses(images, targets)
-        history.append(float(similarity))
+        history.append(float(similarity.detach()))
         if bool(targets.all()) or history[-1] == 0:
             return Inversion(pattern.detach(), images.detach(), done, tuple(history))
         gradient, = torch.autograd.grad(similarity + others, images)
