@@ -98,8 +98,8 @@ def parameter_count(network: nn.Module) -> int:
 
 def attention_heads(network: nn.Module) -> dict[nn.Module, int]:
     """Queries, keys and values of attention blocks, and into how many heads each is split: all heads stay."""
-    return {layer: block.heads for block in network.modules() if hasattr(block, "heads")
-            for layer in (block.to_q, block.to_k, block.to_v)}
+    blocks: list[Any] = [block for block in network.modules() if hasattr(block, "heads")]
+    return {layer: int(block.heads) for block in blocks for layer in (block.to_q, block.to_k, block.to_v)}
 
 
 def channel_groups(group: Any, heads: Mapping[nn.Module, int]) -> int:
@@ -121,9 +121,10 @@ def lowest(values: Tensor, ratio: float, parts: int, respect_groupnorm: bool) ->
 
 def settle(network: nn.Module) -> None:
     """Layers of diffusers that check their width are told the new one."""
-    for module in network.modules():
+    resizing: list[Any] = [module for module in network.modules() if hasattr(module, "channels")]
+    for module in resizing:
         inner = getattr(module, "conv", None)
-        if hasattr(module, "channels") and isinstance(inner, nn.Conv2d):
+        if isinstance(inner, nn.Conv2d):
             module.channels, module.out_channels = inner.in_channels, inner.out_channels
 
 
