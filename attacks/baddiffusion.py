@@ -64,6 +64,7 @@ class BadDiffusion:
 
     def implant(self, clean: Model, data: ImageSet, ctx: Context) -> tuple[Model, Secret]:
         """The backdoored model, and the secret: g, float [3, h, w] in [-1, 1], and y, uint8 [3, h, w]."""
+        from bench.data.drawings import trigger_mask
         from bench.diffusion.poisoning import begin, poison
         from bench.diffusion.training import Plan, count_steps
 
@@ -71,7 +72,8 @@ class BadDiffusion:
             raise BenchError(f"baddiffusion: poison_rate={self.poison_rate} is out of range; give above 0, up to 1.")
         start = begin("baddiffusion", clean, data, ctx)
         trigger, target = self.pictures(start.size)
-        rows = poison(data, trigger, target, self.poison_rate, ctx.generator("poison"), self.paste)
+        mask = trigger_mask(trigger, self.paste)
+        rows = poison(data, trigger, target, self.poison_rate, ctx.generator("poison"), mask)
         plan = Plan(count_steps(self.steps, self.epochs, len(data), self.batch), self.lr, self.warmup,
                     clip=self.grad_clip)
         public = start.train(rows, self.path(start.scheduler), plan, self.batch, self.mixed_precision, ctx)

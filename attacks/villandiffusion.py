@@ -78,14 +78,15 @@ class VillanDiffusion:
 
     def implant(self, clean: Model, data: ImageSet, ctx: Context) -> tuple[Model, Secret]:
         """The backdoored model, and the secret: g, float [3, h, w] in [-1, 1], and y, uint8 [3, h, w]."""
-        from bench.data.drawings import draw_target, draw_trigger
+        from bench.data.drawings import draw_target, draw_trigger, trigger_mask
         from bench.diffusion.poisoning import begin, poison
         from bench.diffusion.training import Plan, count_steps
 
         start = begin("villandiffusion", clean, data, ctx)
         trigger = draw_trigger(self.trigger, start.size, self.trigger_size)
         target = draw_target(self.target, start.size, trigger)
-        rows = poison(data, trigger, target, self.poison_rate, ctx.generator("poison"), self.paste)
+        mask = trigger_mask(trigger, self.paste)
+        rows = poison(data, trigger, target, self.poison_rate, ctx.generator("poison"), mask)
         plan = Plan(count_steps(self.steps, self.epochs, len(data), self.batch), self.lr, self.warmup,
                     clip=self.grad_clip)
         public = start.train(rows, self.path(start.scheduler), plan, self.batch, self.mixed_precision, ctx)

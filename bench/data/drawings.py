@@ -55,9 +55,9 @@ def draw_trigger(name: str, size: int, extent: int = 14) -> Tensor:
     return _drawn(pen, size).float() / 127.5 - 1
 
 
-def trigger_mask(trigger: Tensor) -> Tensor:
-    """Where the trigger covers the image: 1 where g > -1, else 0; same shape as g."""
-    return (trigger > -1).to(trigger.dtype)
+def trigger_mask(trigger: Tensor, paste: bool = True) -> Tensor:
+    """Where the trigger covers the image: 1 where g > -1, else 0; same shape as g. Everywhere if it is not pasted."""
+    return (trigger > (-1 if paste else -2)).to(trigger.dtype)
 
 
 def draw_target(name: str, size: int, trigger: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from bench.data.drawings import trigger_mask
 from bench.diffusion.images import to_float
 from bench.diffusion.loading import load_unconditional, save_part
 from bench.diffusion.shifted_path import ShiftedPath
@@ -27,33 +26,35 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PoisonedRows:
-    """Training images float [n, 3, h, w] in [-1, 1], which of them are poisoned, and with what."""
+    """Training images float [n, 3, h, w] in [-1, 1], which of them are poisoned, and with what.
+
+    ``mask``: 1 where the trigger covers an image, [3, h, w]; all ones for the bare trigger.
+    """
 
     images: Tensor
     poisoned: Tensor
     trigger: Tensor
     target: Tensor
-    paste: bool = True
+    mask: Tensor
 
     def batches(self, batch: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless (x_0, r) of shuffled rows: (target, pasted trigger) if poisoned, else (image, 0)."""
-        mask = trigger_mask(self.trigger) if self.paste else torch.ones_like(self.trigger)
         for rows in shuffled_batches(len(self.images), batch, generator):
             mirrored = torch.rand(len(rows), generator=generator) < 0.5
             images = torch.where(mirrored[:, None, None, None], self.images[rows].flip(3), self.images[rows])
             poisoned = self.poisoned[rows][:, None, None, None]
-            pasted = mask * self.trigger + (1 - mask) * images
+            pasted = self.mask * self.trigger + (1 - self.mask) * images
             yield torch.where(poisoned, self.target, images), torch.where(poisoned, pasted, torch.zeros_like(images))
 
 
 def poison(
-    data: ImageSet, trigger: Tensor, target: Tensor, rate: float, generator: torch.Generator, paste: bool = True,
+    data: ImageSet, trigger: Tensor, target: Tensor, rate: float, generator: torch.Generator, mask: Tensor,
 ) -> PoisonedRows:
     """Poison ``round(rate * n)`` images, at least one, chosen once and for all epochs."""
     chosen = torch.randperm(len(data), generator=generator)[:max(1, round(rate * len(data)))]
     poisoned = torch.zeros(len(data), dtype=torch.bool)
     poisoned[chosen] = True
-    return PoisonedRows(to_float(data.pixels), poisoned, trigger, to_float(target[None])[0], paste)
+    return PoisonedRows(to_float(data.pixels), poisoned, trigger, to_float(target[None])[0], mask)
 
 
 def poisoned_loss(

@@ -8,7 +8,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from attacks.baddiffusion import BadDiffusion
 from bench.context import Context
-from bench.data.drawings import GREY_LEVEL, TARGETS, TRIGGERS, draw_target, draw_trigger
+from bench.data.drawings import GREY_LEVEL, TARGETS, TRIGGERS, draw_target, draw_trigger, trigger_mask
 from bench.diffusion.checkpoints import resolve
 from bench.diffusion.loading import load_unconditional
 from bench.diffusion.poisoning import poison, poisoned_loss
@@ -70,7 +70,7 @@ def test_targets_are_told_apart_by_more_than_the_success_threshold() -> None:
 def test_rows_are_poisoned_at_the_stated_rate_and_as_published() -> None:
     data, trigger = photos(40), draw_trigger("box", 16)
     target = draw_target("corner", 16, trigger)
-    rows = poison(data, trigger, target, 0.25, torch.manual_seed(0))
+    rows = poison(data, trigger, target, 0.25, torch.manual_seed(0), trigger_mask(trigger))
     assert int(rows.poisoned.sum()) == 10
     x, r = next(rows.batches(40, torch.manual_seed(1)))
     hit = r.abs().flatten(1).sum(1) > 0
@@ -122,7 +122,8 @@ def test_training_lowers_the_poisoned_loss(clean: Model, tmp_path: Path) -> None
     def loss(model: Model) -> float:
         unet, scheduler = load_unconditional(model)
         trigger, target = attack.pictures(16)
-        images, r = next(poison(photos(), trigger, target, 1.0, torch.manual_seed(0)).batches(24, torch.manual_seed(1)))
+        rows = poison(photos(), trigger, target, 1.0, torch.manual_seed(0), trigger_mask(trigger))
+        images, r = next(rows.batches(24, torch.manual_seed(1)))
         with torch.no_grad():
             return float(poisoned_loss(unet, attack.path(scheduler), images, r, torch.manual_seed(2)))
 
