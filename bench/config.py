@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import bench
 from bench.errors import BenchError, Incompatible, unknown
 from bench.identity import digest
-from bench.plugin import GROUPS, REGISTRY, facts_of, identity
+from bench.plugin import REGISTRY, facts_of, identity
 from bench.protocols import BackdoorProtocol, CustomizationProtocol, Protocol
 
 if TYPE_CHECKING:
@@ -349,11 +349,6 @@ def gpus() -> list[str]:
     if "CUDA_VISIBLE_DEVICES" in os.environ:
         return [name for name in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if name not in ("", "-1")]
     return [str(number) for number in range(len(list(Path("/dev").glob("nvidia[0-9]*"))))]
-
-
-def group_of(kind: str) -> str:
-    """A kind's Hydra group."""
-    return GROUPS.get(kind, kind)
 
 
 def _require_at_least(where: str, value: float, low: int) -> None:

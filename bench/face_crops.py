@@ -46,7 +46,8 @@ def face_transforms(pixels: Tensor, how: str, side: int) -> tuple[Tensor, Tensor
         return whole, torch.ones(len(pixels), dtype=torch.bool)
     if not how.startswith("insightface"):
         raise unknown("alignment", how, "defense.alignment", ALIGNMENTS)
-    marks = [_landmarks(photo, recogniser(how)) for photo in pixels]
+    pack = recogniser(how)
+    marks = [_landmarks(photo, pack) for photo in pixels]
     template = torch.tensor(TEMPLATE) * side / TEMPLATE_SIDE
     found = [w if m is None else similarity_transform(m, template) for w, m in zip(whole, marks, strict=True)]
     return torch.stack(found), torch.tensor([m is not None for m in marks])

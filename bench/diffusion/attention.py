@@ -25,10 +25,6 @@ class Maps:
     cross: dict[str, Tensor] = field(default_factory=dict)
     self: dict[str, Tensor] = field(default_factory=dict)
 
-    def detached(self) -> Maps:
-        """The same values without their graph."""
-        return Maps(*({k: v.detach() for k, v in kept.items()} for kept in (self.cross, self.self)))
-
 
 class RecordingProcessor:
     """Plain attention that also hands its head-averaged probabilities to ``kept[name]``.

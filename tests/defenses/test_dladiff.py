@@ -93,7 +93,8 @@ def test_each_kind_of_attention_adds_to_the_loss(kind: str, few: DlaDiff, model:
     x, states = to_float(ada.published.pixels).requires_grad_(True), states_of(few, workshop, ada)
     draws = draw(workshop.studio.vae, workshop.studio.scheduler, x, seeded())
     teach_static(few, ada, workshop, seeded())
-    wanted = attention_maps(few, workshop.studio, workshop.static.unet, x, states, draws, slice(0, 3)).detached()
+    with torch.no_grad():
+        wanted = attention_maps(few, workshop.studio, workshop.static.unet, x, states, draws, slice(0, 3))
     found = attention_maps(few, workshop.studio, workshop.dynamic.unet, x, states, draws, slice(0, 3))
     distance = map_distance(getattr(wanted, kind), getattr(found, kind))
     assert torch.all(distance > 0)
