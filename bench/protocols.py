@@ -21,7 +21,8 @@ class CustomizationProtocol:
     ``prompts``: ``{token}`` stands for the word that names the person. ``per_prompt``: images per prompt and
     subject. ``steps``, ``guidance``: of the sampler, guidance 1 means none. ``clean_share``: partial protection, the
     share of each subject's published photos of which the attacker has the original; of n photos it is the nearest
-    whole number, a half to the even one.
+    whole number, a half to the even one. ``protect_seed``: seed of the protection alone; then ``seed`` is that of the
+    attacker, and several attackers meet the same protected photos. None: the protection has the cell's seed too.
     """
 
     prompts: list[str] = field(default_factory=_prompts)
@@ -30,6 +31,7 @@ class CustomizationProtocol:
     steps: int = 25
     guidance: float = 7.5
     clean_share: float = added(0.0)
+    protect_seed: int | None = added(None)
 
     def __post_init__(self) -> None:
         _require_prompts(self.prompts)

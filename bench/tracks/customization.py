@@ -36,10 +36,11 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
     origin = {"data": cell.data.digest(), "model": model.digest, "seed": cell.seed}
 
     defense, surrogate = identity(cell.defense), surrogate_of(cell, model)
+    seed = protect_seed(cell)
     protected = bench.stage(
-        "protect", VERSION, {**origin, "model": surrogate.digest, "defense": defense},
+        "protect", VERSION, {**origin, "model": surrogate.digest, "defense": defense, "seed": seed},
         lambda ctx: protect(cell, subjects, surrogate, ctx), ImageSetsCodec(),
-        seeded_by={"defense": defense["name"], "seed": cell.seed},
+        seeded_by={"defense": defense["name"], "seed": seed},
     )
     purifier, found = identity(cell.purifier), mixed(cell, subjects, protected.value)
     share = protocol_of(cell).clean_share
@@ -66,6 +67,12 @@ def surrogate_of(cell: Cell, model: Model) -> Model:
     from bench.diffusion.checkpoints import resolve
 
     return resolve(cell.surrogate, cell.allow_pickle) if cell.surrogate else model
+
+
+def protect_seed(cell: Cell) -> int:
+    """The seed of the protection: the protocol's own, or the cell's."""
+    own = protocol_of(cell).protect_seed
+    return cell.seed if own is None else own
 
 
 def protocol_of(cell: Cell) -> CustomizationProtocol:
@@ -132,7 +139,7 @@ def attack(
         seeded_by={"attack": method, "subject": subject.name, "seed": cell.seed},
     )
     # Which photos the attacker had is in the customised model's key: the samples ask no more of it.
-    protocol = replace(protocol_of(cell), clean_share=0.0)
+    protocol = replace(protocol_of(cell), clean_share=0.0, protect_seed=None)
     drawn = bench.stage(
         "generate", VERSION,
         {"customised": customised.key, "protocol": protocol, "subject": subject.name, "seed": cell.seed},

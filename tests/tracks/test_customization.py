@@ -164,3 +164,17 @@ def test_another_list_of_metrics_adds_to_the_record(tiny_sd: Path, tmp_path: Pat
     assert second.samples.rows == first.samples.rows + 1
     moved = run_cell(customization(tiny_sd, Optimiser(), metrics={"counted": Counted()}), settings(tmp_path))
     assert [m.name for m in moved.measurements] == ["counted"], "what was measured on other photos is gone"
+
+
+def test_attackers_of_several_seeds_meet_the_same_protected_photos(tiny_sd: Path, tmp_path: Path) -> None:
+    def attacked(seed: int, own: int | None) -> Result:
+        protocol = replace(PROTOCOL, protect_seed=own)
+        cell = customization(tiny_sd, Optimiser(), purifier=Watcher(), protocol=protocol, seed=seed, id=f"{seed}{own!s:0>15}")
+        return run_cell(cell, settings(tmp_path))
+
+    plain, same, other, moved = attacked(0, None), attacked(0, 0), attacked(1, 0), attacked(1, None)
+    assert [stages(r)["protect"] for r in (plain, same, other, moved)] == [[False], [True], [True], [False]]
+    assert all(stages(same)["customise"]) and all(stages(same)["generate"])
+    assert not any(stages(other)["customise"]), "the attacker has another seed"
+    assert other.cell.protocol["protect_seed"] == 0
+    assert "protect_seed" not in plain.cell.protocol
