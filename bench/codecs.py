@@ -24,6 +24,7 @@ from bench.records import (
     Generations,
     Guard,
     ImageSet,
+    InputScores,
     Measurement,
     Model,
     Row,
@@ -260,6 +261,21 @@ class SecretCodec:
         if trigger is None:
             trigger = load_file(folder / "trigger.safetensors")["trigger"]
         return Secret(trigger, read_png(folder / "target.png"), record["detail"])
+
+
+@dataclass(frozen=True)
+class InputScoresCodec:
+    """Scores of inputs, three tensors in one safetensors file."""
+
+    def save(self, value: InputScores, folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({name: part.contiguous() for name, part in vars(value).items()}, folder / "scores.safetensors")
+
+    def load(self, folder: Path) -> InputScores:
+        from safetensors.torch import load_file
+
+        return InputScores(**load_file(folder / "scores.safetensors"))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from bench.errors import BenchError, unknown
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bench.context import Context
     from bench.records import (
         Budget,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
         ImageSet,
         Measurement,
         Model,
+        Report,
         Secret,
         Subject,
     )
@@ -83,6 +86,19 @@ class ModelDefense(Protocol):
     plugin declares ``knows=("trigger",)``. New weights go under ``ctx.folder``."""
 
     def repair(self, suspicious: Model, data: ImageSet, secret: Secret | None, ctx: Context) -> Model: ...
+
+
+class InputDetector(Protocol):
+    """What a defense of models may do besides ``repair``: say how suspicious single inputs are.
+
+    ``model``: the one that the defense was given to repair. ``inputs``: initial noise, float [n, 3, h, w], or n prompts.
+    ``report``: what ``repair`` wrote, None if nothing. Returns [n] scores, higher is more suspicious; each may depend
+    on its own input only: inputs come in a mixed order, and thresholds are set outside, on inputs without the trigger.
+    """
+
+    def score_inputs(
+        self, model: Model, inputs: Tensor | tuple[str, ...], report: Report | None, ctx: Context,
+    ) -> Tensor: ...
 
 
 class CustomizationAttack(Protocol):

@@ -156,6 +156,19 @@ class Report:
 
 
 @dataclass(frozen=True)
+class InputScores:
+    """How suspicious a detector finds inputs of one model: float64, higher is more suspicious.
+
+    ``calibration``: [m], inputs without the trigger that only set thresholds; ``clean`` and ``triggered``: [n] each,
+    pair i from the same seed (and prompt) without and with the trigger.
+    """
+
+    calibration: Tensor
+    clean: Tensor
+    triggered: Tensor
+
+
+@dataclass(frozen=True)
 class Row:
     """One sample's value. ``cluster``: the unit of statistics (subject, or implanted model), not the image.
 
@@ -214,7 +227,7 @@ class BackdoorEvidence:
     """What backdoor metrics see: the same seeds through the clean, the implanted and the defended model.
 
     ``reference``: real images the models never trained on. ``cluster``: name of this implanted model. ``report``:
-    what the defense says of the model, None if it says nothing.
+    what the defense says of the model, None if it says nothing. ``input_scores``: what it says of single inputs.
     """
 
     reference: ImageSet
@@ -224,6 +237,7 @@ class BackdoorEvidence:
     secret: Secret
     cluster: str
     report: Report | None = None
+    input_scores: InputScores | None = None
 
 
 Evidence = CustomizationEvidence | BackdoorEvidence

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats as reference
 
-from bench.stats import Point, holm, mean_interval, paired_difference, share_of_wins, sign_flip, wilson
+from bench.stats import Point, auroc, holm, mean_interval, paired_difference, share_of_wins, sign_flip, wilson
 
 
 def points(values: dict[str, list[float]]) -> list[Point]:
@@ -129,3 +129,22 @@ def test_share_of_wins() -> None:
     twins = share_of_wins({"a": rows["low"], "b": rows["low"]}, lower_is_better=True)
     assert twins == {"a": 0.5, "b": 0.5}
     assert share_of_wins({"a": rows["low"][:2], "b": rows["low"]}, lower_is_better=True) == {}
+
+
+def test_auroc_is_the_mann_whitney_statistic_and_its_interval_covers() -> None:
+    draws = np.random.default_rng(0)
+    low, high = draws.normal(0, 1, 60).round(1).tolist(), draws.normal(1, 1, 60).round(1).tolist()
+    found = auroc(low, high)
+    expected = reference.mannwhitneyu(high, low).statistic / 3600
+    assert found.value == pytest.approx(expected) and found.n == 60
+    assert found.low is not None and found.high is not None and found.low < expected < found.high
+    assert found.high - found.low < 0.3
+    assert auroc(high, low).value == pytest.approx(1 - expected)
+
+
+def test_perfect_separation_of_few_pairs_is_no_certainty() -> None:
+    found = auroc([0.0] * 10, [1.0] * 10)
+    assert (found.value, found.high) == (1.0, 1.0) and found.low == pytest.approx(wilson(10, 10)[0])
+    assert auroc([0.0], [1.0]).low is None and auroc([], []).value is None
+    with pytest.raises(ValueError, match="pairs"):
+        auroc([0.0], [1.0, 2.0])

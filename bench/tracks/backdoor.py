@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
-from bench.codecs import GenerationsCodec, ImplantCodec, ModelCodec
+from bench.codecs import GenerationsCodec, ImplantCodec, InputScoresCodec, ModelCodec
 from bench.errors import BenchError, Incompatible
 from bench.identity import digest
 from bench.plugin import REGISTRY, facts_of, identity
-from bench.records import BackdoorEvidence, Generations, ImageSet, Model, Samples, Secret
+from bench.records import (
+    BackdoorEvidence,
+    Generations,
+    ImageSet,
+    InputScores,
+    Model,
+    Report,
+    Samples,
+    Secret,
+)
 from bench.reports import read_report
 from bench.text_triggers import with_trigger
 from bench.workbench import Outcome, Workbench
@@ -19,8 +28,12 @@ if TYPE_CHECKING:
     from bench.config import Cell
     from bench.context import Context
     from bench.protocols import BackdoorProtocol
+    from bench.store import Stored
 
 VERSION = 1
+NOISES, PROMPTS = 512, 128
+"""How many inputs a detector scores of each sort: drawing noise costs next to nothing, scoring a prompt may cost a
+picture."""
 
 
 def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
@@ -45,8 +58,10 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
     models = {"clean": model, "implanted": suspicious, "defended": repaired.value}
     prompts = prompts_of(cell, reference)
     samples = {name: sample_both(one, secret, prompts, cell, bench) for name, one in models.items()}
+    report = read_report(repaired.folder)
+    scores = scored_inputs(cell, suspicious, secret, reference, data, report, repaired, bench)
     evidence = BackdoorEvidence(reference, samples["clean"], samples["implanted"], samples["defended"], secret,
-                                cluster=implanted.key, report=read_report(repaired.folder))
+                                cluster=implanted.key, report=report, input_scores=scores)
     inputs = {**origin, "implant": implanted.key, "repair": repaired.key, "protocol": cell.protocol}
     return Outcome(evidence, inputs, pictures(evidence))
 
@@ -76,11 +91,16 @@ def sample(
     if prompts:
         prompts = tuple(with_trigger(p, secret) for p in prompts) if secret else prompts
         asked["prompts"] = list(prompts)
-    seeds = [int(digest([cell.seed, place], length=15), 16) for place in range(protocol.samples)]
+    seeds = seeds_of(protocol.samples, cell.seed)
     return bench.stage(
         "sample", VERSION, asked, lambda ctx: draw(model, secret, prompts, seeds, protocol, ctx), GenerationsCodec(),
         seeded_by={"seed": cell.seed},
     ).value
+
+
+def seeds_of(count: int, *names: str | int) -> list[int]:
+    """Seeds of samples, or of inputs; the first ones are the same however many are asked for."""
+    return [int(digest([*names, place], length=15), 16) for place in range(count)]
 
 
 def fingerprint(secret: Secret | None) -> str:
@@ -140,3 +160,64 @@ def pictures(evidence: BackdoorEvidence) -> dict[str, Tensor]:
             for both in (evidence.clean, evidence.implanted, evidence.defended)]
     sheet = torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)
     return {"clean_implanted_defended": sheet, "target": evidence.secret.target}
+
+
+def scored_inputs(
+    cell: Cell, suspicious: Model, secret: Secret, reference: ImageSet, data: ImageSet, report: Report | None,
+    repaired: Stored[Model], bench: Workbench,
+) -> InputScores | None:
+    """What the defense says of single inputs of the model that it was given, None if it looks at none."""
+    if not hasattr(cell.defense, "score_inputs"):
+        return None
+    texts = "text_to_image" in cell.capabilities
+    captions = [data.captions, reference.captions] if texts else []
+    asked = {"repair": repaired.key, "model": suspicious.digest, "trigger": fingerprint(secret), "seed": cell.seed,
+             "count": PROMPTS if texts else NOISES, "prompts": [digest(list(own)) for own in captions]}
+
+    def build(ctx: Context) -> InputScores:
+        parts = prompts_to_score(data, reference, secret) if texts else noises_to_score(suspicious, secret, cell.seed)
+        return scored(cell.defense, suspicious, parts, report, ctx)
+
+    return bench.stage("score_inputs", VERSION, asked, build, InputScoresCodec(),
+                       seeded_by={"defense": identity(cell.defense), "seed": cell.seed}).value
+
+
+def noises_to_score(model: Model, secret: Secret, seed: int) -> list[Tensor]:
+    """Initial noise [NOISES, 3, h, w] for calibration, without and with the trigger; the first seeds of the latter two
+    are those that samples are drawn from."""
+    from bench.diffusion.loading import load_unconditional
+    from bench.diffusion.sampling import initial_noise
+
+    if isinstance(secret.trigger, str):
+        raise Incompatible(f"'{secret.trigger}' is a word, but this model draws from noise alone.")
+    config = load_unconditional(model)[0].config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    calibration, clean = (initial_noise(seeds_of(NOISES, *names), shape) for names in (("calibration", seed), (seed,)))
+    return [calibration, clean, clean + secret.trigger]
+
+
+def prompts_to_score(data: ImageSet, reference: ImageSet, secret: Secret) -> list[tuple[str, ...]]:
+    """PROMPTS captions of the defender's images for calibration, and of reference images without and with the
+    trigger, over and over where there are fewer."""
+    if not data.captions or not reference.captions:
+        raise BenchError("data: detectors of prompts are calibrated on captions, and the data has none.")
+    calibration, clean = (tuple(captions[place % len(captions)] for place in range(PROMPTS))
+                          for captions in (data.captions, reference.captions))
+    return [calibration, clean, tuple(with_trigger(prompt, secret) for prompt in clean)]
+
+
+def scored(detector: Any, model: Model, parts: list[Any], report: Report | None, ctx: Context) -> InputScores:
+    """Scores of calibration, clean and triggered inputs, which the detector gets in one mixed order."""
+    import torch
+
+    counts = [len(part) for part in parts]
+    order = torch.randperm(sum(counts), generator=ctx.generator("order"))
+    inputs = torch.cat(parts)[order] if isinstance(parts[0], torch.Tensor) else \
+        tuple(sum(parts, ())[place] for place in order.tolist())
+    found = detector.score_inputs(model, inputs, report, ctx)
+    if found.shape != order.shape or not found.isfinite().all():
+        raise BenchError(f"{facts_of(detector).name}: score_inputs returned {list(found.shape)} scores for {len(order)} "
+                         "inputs, or not all of them finite.")
+    scores = torch.empty(len(order), dtype=torch.float64)
+    scores[order] = found.detach().double().cpu()
+    return InputScores(*scores.split(counts))
