@@ -53,7 +53,8 @@ def area(scores: InputScores | None) -> Measurement:
         return Measurement("input_auroc", None, 0, "share", True, reason=SILENT)
     found = auroc(scores.clean.tolist(), scores.triggered.tolist())
     facts = {"inputs": len(scores.clean), "interval": "over pairs of inputs"}
-    return Measurement("input_auroc", found.value, 2 * found.n, "share", True, found.low, found.high, found.reason, facts)
+    return Measurement("input_auroc", found.value, 2 * found.n, "share", True, found.low, found.high, found.reason,
+                       facts)
 
 
 def share(name: str, rows: list[Row], better: bool | None, scores: InputScores | None, rate: float) -> Measurement:
