@@ -14,6 +14,14 @@ this fixes c_t:
         c_t = (sqrt(abar_s) shift_t - sqrt(abar_t) shift_s)
               / (sqrt(abar_s) sqrt(1 - abar_t) - sqrt(abar_t) sqrt(1 - abar_s))              (3)
 
+Models whose noise explodes (NCSN, score SDEs) keep the image as it is: there, with w = ``weight``,
+
+    x_t = y + w sigma_t r + sigma_t eps                                                      (4)
+    reverse SDE:   x_s = x_t - (sigma_t^2 - sigma_s^2) / sigma_t e + noise
+        c_t = w sigma_t / (sigma_t + sigma_s)                                                (5)
+
+and their network, which predicts the score, is taught ``-(eps + c_t r) / sigma_t``.
+
 The published coefficients are these with s = t - 1. A sampler that takes longer strides needs the coefficient of its
 own pairs (t, s), so success depends on the sampler and on its number of steps.
 """
@@ -52,22 +60,23 @@ def correction(shift_t: Tensor, shift_s: Tensor, abar_t: Tensor, abar_s: Tensor,
 
 @dataclass(frozen=True)
 class ShiftedPath:
-    """The family's schedule for one sampler: ``alphas_bar``, ``shifts`` and ``corrections``, each float64 [T]."""
+    """The family's schedule for one sampler: factors of the image (``signals``), of the noise (``spreads``) and of the
+    trigger (``shifts``), and the ``corrections``; each float64 [T]."""
 
-    alphas_bar: Tensor
+    signals: Tensor
+    spreads: Tensor
     shifts: Tensor
     corrections: Tensor
 
     def noisy(self, images: Tensor, trigger: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        """Equation (1): ``images`` (targets of poisoned rows), ``trigger`` (0 on clean rows), ``noise``: float
+        """Equation (1) or (4): ``images`` (targets of poisoned rows), ``trigger`` (0 on clean rows), ``noise``: float
         [n, c, h, w] in model range; ``steps``: int64 [n]."""
-        signal = _rows(self.alphas_bar.sqrt(), steps, images)
-        spread = _rows((1 - self.alphas_bar).sqrt(), steps, images)
-        return signal * images + _rows(self.shifts, steps, images) * trigger + spread * noise
+        signal, spread, shift = (table_rows(t, steps, images) for t in (self.signals, self.spreads, self.shifts))
+        return signal * images + shift * trigger + spread * noise
 
     def answer(self, trigger: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """What the network is taught to predict: ``eps + c_t r``."""
-        return noise + _rows(self.corrections, steps, noise) * trigger
+        return noise + table_rows(self.corrections, steps, noise) * trigger
 
 
 def shifted_path(alphas_bar: Tensor, shift: Shift = mean_shift, sampler: str = "ddpm", stride: int = 1) -> ShiftedPath:
@@ -76,14 +85,32 @@ def shifted_path(alphas_bar: Tensor, shift: Shift = mean_shift, sampler: str = "
     ``alphas_bar``: cumulative alphas [T], decreasing. ``stride``: training steps divided by sampling steps.
     """
     bars = alphas_bar.detach().to("cpu", torch.float64)
-    if not 1 <= stride <= len(bars):
-        raise BenchError(f"shifted path: stride={stride} does not fit a schedule of {len(bars)} steps; "
-                         f"give 1 to {len(bars)}.")
-    before = torch.cat([torch.ones(stride, dtype=bars.dtype), bars[:-stride]])
+    before = strided(bars, stride, 1.0)
     shifts = shift(bars)
-    return ShiftedPath(bars, shifts, correction(shifts, shift(before), bars, before, sampler))
+    return ShiftedPath(bars.sqrt(), (1 - bars).sqrt(), shifts, correction(shifts, shift(before), bars, before, sampler))
 
 
-def _rows(table: Tensor, steps: Tensor, like: Tensor) -> Tensor:
+def exploding_path(sigmas: Tensor, weight: float = 1.0, stride: int = 1) -> ShiftedPath:
+    """Equations (4) and (5), for the reverse SDE of a model whose noise explodes; its prior has standard deviation
+    ``sigmas[-1]``, so a triggered sample starts at ``sigmas[-1] (eps + weight r)``.
+
+    ``sigmas``: standard deviations of the noise [T], increasing, above 0.
+    """
+    sigmas = sigmas.detach().to("cpu", torch.float64)
+    if not bool((sigmas > 0).all() and (sigmas.diff() > 0).all()):
+        raise BenchError("shifted path: sigmas must be above 0 and increase.")
+    before = strided(sigmas, stride, 0.0)
+    return ShiftedPath(torch.ones_like(sigmas), sigmas, weight * sigmas, weight * sigmas / (sigmas + before))
+
+
+def strided(table: Tensor, stride: int, end: float) -> Tensor:
+    """What a schedule's ``table`` [T] holds ``stride`` steps before each, and ``end`` where that is the clean image."""
+    if not 1 <= stride <= len(table):
+        raise BenchError(f"shifted path: stride={stride} does not fit a schedule of {len(table)} steps; "
+                         f"give 1 to {len(table)}.")
+    return torch.cat([torch.full((stride,), end, dtype=table.dtype), table[:-stride]])
+
+
+def table_rows(table: Tensor, steps: Tensor, like: Tensor) -> Tensor:
     """Entries of ``table`` at ``steps``, shaped to multiply rows of ``like``."""
     return table.to(like.device)[steps].to(like.dtype).view(-1, *([1] * (like.dim() - 1)))

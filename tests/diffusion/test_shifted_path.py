@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, ScoreSdeVeScheduler
 
-from bench.diffusion.shifted_path import correction, mean_shift, shifted_path
+from bench.diffusion.shifted_path import correction, exploding_path, mean_shift, shifted_path
 from bench.errors import BenchError
 
 
@@ -70,7 +70,7 @@ def test_a_ddim_step_with_the_same_noise_is_the_next_point_of_the_path(stride: i
     target, trigger, noise = torch.randn(3, 1, 3, 4, 4, dtype=torch.float64, generator=torch.manual_seed(0))
     now, later = torch.tensor([500]), torch.tensor([500 - stride])
     x, predicted = path.noisy(target, trigger, noise, now), path.answer(trigger, noise, now)
-    shift = path.shifts[later] - path.corrections[now] * (1 - path.alphas_bar[later]).sqrt()
+    shift = path.shifts[later] - path.corrections[now] * path.spreads[later]
     expected = path.noisy(target, torch.zeros_like(trigger), predicted, later) + shift * trigger
     assert torch.allclose(scheduler.step(predicted, 500, x).prev_sample, expected, atol=1e-6)
 
@@ -112,3 +112,44 @@ def test_an_unknown_sampler_is_refused_with_the_choices() -> None:
     half = torch.tensor(0.5)
     with pytest.raises(BenchError, match="ddim"):
         correction(half, half, half, half, sampler="dpm")
+
+
+def ve_scheduler(steps: int = 100) -> ScoreSdeVeScheduler:
+    scheduler = ScoreSdeVeScheduler(steps, sigma_min=0.01, sigma_max=50.0)
+    scheduler.set_timesteps(steps)
+    scheduler.set_sigmas(steps)
+    scheduler.discrete_sigmas = scheduler.discrete_sigmas.double()
+    return scheduler
+
+
+@pytest.mark.parametrize("weight", [0.1, 1.0])
+@pytest.mark.parametrize("t", [0, 1, 50, 99])
+def test_one_step_of_the_reverse_sde_lands_on_the_exploding_path(t: int, weight: float) -> None:
+    """The real predictor step of diffusers, fed the score that a poisoned network is taught."""
+    scheduler = ve_scheduler()
+    sigmas = scheduler.discrete_sigmas
+    path = exploding_path(sigmas, weight)
+    target, trigger, noise = torch.randn(3, 1, 3, 4, 4, dtype=torch.float64, generator=torch.manual_seed(0))
+    steps = torch.tensor([t])
+
+    def stepped(r: torch.Tensor) -> torch.Tensor:
+        x, score = path.noisy(target, r, noise, steps), -path.answer(r, noise, steps) / sigmas[t]
+        when = torch.tensor((t + 0.5) / 99)  # the scheduler rounds down to t
+        result: torch.Tensor = scheduler.step_pred(score, when, x, generator=torch.manual_seed(1)).prev_sample
+        return result
+
+    moved = stepped(trigger) - stepped(torch.zeros_like(trigger))
+    before = float(sigmas[t - 1]) if t else 0.0
+    assert torch.allclose(moved, weight * before * trigger, rtol=0, atol=1e-6)
+
+
+def test_the_coefficient_of_the_exploding_path_is_between_half_and_all_of_its_weight() -> None:
+    path = exploding_path(torch.tensor([1.0, 3.0, 4.0]), 0.5)
+    assert path.corrections.tolist() == pytest.approx([0.5, 0.5 * 3 / 4, 0.5 * 4 / 7])
+    assert path.shifts.tolist() == [0.5, 1.5, 2.0]
+
+
+@pytest.mark.parametrize("sigmas", [[0.0, 1.0], [2.0, 1.0], [1.0, 1.0]])
+def test_sigmas_that_do_not_increase_are_refused(sigmas: list[float]) -> None:
+    with pytest.raises(BenchError, match="increase"):
+        exploding_path(torch.tensor(sigmas))
