@@ -23,8 +23,8 @@ SILENT = "the defense scores no inputs"
 class InputDetection:
     """Detection of triggered inputs, where positive means triggered, always: ``input_auroc``; the share of triggered
     inputs that is caught at 1 % and 5 % false positives (``input_tpr@1%``, ``input_tpr@5%``), the share of clean ones
-    that really is flagged there (``input_fpr@...``), and the share of all that is judged rightly (``input_accuracy@5%``;
-    as many are triggered as not).
+    that really is flagged there (``input_fpr@1%``, ``input_fpr@5%``), and the share of all that is judged rightly
+    (``input_accuracy@5%``; as many are triggered as not).
 
     Thresholds come from other inputs without the trigger, never from the attack's. Without a value, and with the
     reason, where a defense looks at the model alone.
