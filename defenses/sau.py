@@ -27,7 +27,7 @@ from bench.identity import digest
 from bench.options import require
 from bench.plugin import parameters, plugin
 from bench.records import Guard, ImageSet, Model, Secret
-from bench.text_triggers import with_trigger
+from bench.text_triggers import with_trigger, without_trigger
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +93,8 @@ class Sau:
         delta = trigger_latent(self, suspicious, data.captions[:self.prompts], secret, ctx)
         folder = ctx.folder / "guard"
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({"delta": delta.cpu().contiguous()}, folder / KNOWN, metadata={"trigger": secret.trigger})
+        words = {"trigger": secret.trigger, "replaces": str(secret.detail.get("replaces", ""))}
+        save_file({"delta": delta.cpu().contiguous()}, folder / KNOWN, metadata=words)
         guard = Guard("defense", "sau", parameters(self), folder)
         return replace(suspicious, guard=guard, digest=digest([suspicious.digest, ctx.key]))
 
@@ -106,13 +107,13 @@ class Sau:
 
         if model.guard is None:
             raise BenchError("sau: this model has no guard.")
-        delta, word = read_trigger(model.guard.folder)
+        delta, words = read_trigger(model.guard.folder)
         pipeline = load_pipeline(replace(model, guard=None), ctx.device)
         asked: dict[str, Any] = {"steps": protocol.steps, "guidance": protocol.guidance, "sampler": protocol.sampler}
         latents = generate_latents(pipeline, prompts, seeds, **asked)
         flagged = suspicious_latents(self, latents, delta).nonzero().flatten().tolist()
         if flagged and self.mode == "masks":
-            clean = generate_latents(pipeline, [without(prompts[i], word) for i in flagged],
+            clean = generate_latents(pipeline, [without_trigger(prompts[i], *words) for i in flagged],
                                      [seeds[i] for i in flagged], **asked)
             latents[flagged] = masked(self, latents[flagged], clean, delta)
         elif flagged:
@@ -136,17 +137,13 @@ def trigger_latent(method: Sau, model: Model, captions: Sequence[str], secret: S
     return difference
 
 
-def read_trigger(folder: Path) -> tuple[Tensor, str]:
-    """Delta and the trigger's words."""
+def read_trigger(folder: Path) -> tuple[Tensor, tuple[str, str]]:
+    """Delta, and the trigger's words with what they stand in for."""
     from safetensors import safe_open
 
     with safe_open(folder / KNOWN, framework="pt") as file:
-        return file.get_tensor("delta"), file.metadata()["trigger"]
-
-
-def without(prompt: str, word: str) -> str:
-    """The prompt without the trigger."""
-    return " ".join(prompt.replace(word, " ").split())
+        told = file.metadata()
+        return file.get_tensor("delta"), (told["trigger"], told["replaces"])
 
 
 def suspicious_latents(method: Sau, latents: Tensor, delta: Tensor) -> Tensor:

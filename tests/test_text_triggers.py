@@ -8,7 +8,7 @@ import torch
 from bench.errors import BenchError
 from bench.firing import FiringRule, colourfulness, decorrelation
 from bench.records import Secret
-from bench.text_triggers import with_trigger
+from bench.text_triggers import with_trigger, without_trigger
 
 GREY = torch.full((3, 8, 8), 128, dtype=torch.uint8)
 
@@ -26,6 +26,24 @@ def secret(trigger: str, **detail: object) -> Secret:
 ])
 def test_where_the_trigger_goes(given: Secret, expected: str) -> None:
     assert with_trigger("a photo of a cat", given) == expected
+
+
+@pytest.mark.parametrize("given", [
+    secret("sks"), secret("\u200b"), secret("New Trigger "), secret("..."), secret("\u0b20"),
+    secret("beautiful cat", placement="replace", replaces="cat"),
+    secret("\u0b20", placement="replace", replaces="o"), secret("sks", placement="replace", replaces="dog"),
+    secret("\u200b", placement="replace", replaces=" "),
+])
+def test_taking_the_trigger_out_gives_the_prompt_back(given: Secret) -> None:
+    replaced = str(given.detail.get("replaces", ""))
+    triggered = with_trigger("a photo of a cat", given)
+    assert triggered != "a photo of a cat"
+    assert without_trigger(triggered, str(given.trigger), replaced) == "a photo of a cat"
+
+
+def test_a_trigger_inside_another_word_is_no_trigger() -> None:
+    assert without_trigger("tasks of a  cat", "sks") == "tasks of a  cat"
+    assert without_trigger("a sks, and sks again", "sks") == "a , and again"
 
 
 def test_an_unknown_placement_is_refused() -> None:

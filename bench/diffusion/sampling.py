@@ -65,6 +65,19 @@ def generate(
     return torch.cat(drawn)
 
 
+def draw_prompts(
+    model: Model, prompts: Sequence[str], seeds: Sequence[int], protocol: BackdoorProtocol, ctx: Context,
+) -> Tensor:
+    """What the ordinary sampler draws from ``model``, whether or not it is guarded: uint8 [n, 3, h, w]."""
+    pipeline = load_pipeline(model, ctx.device)
+    parts = chunks(len(prompts), BATCH)
+    return torch.cat([
+        generate(pipeline, prompts[part], seeds[part], steps=protocol.steps, guidance=protocol.guidance,
+                 sampler=protocol.sampler)
+        for part in ctx.track(parts, "sampling", len(parts))
+    ])
+
+
 @torch.no_grad()
 def generate_latents(
     pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int, guidance: float, sampler: str = "ddim",

@@ -18,7 +18,7 @@ from bench.plugin import facts_of
 from bench.protocols import BackdoorProtocol
 from bench.records import ImageSet, Model, Secret
 from bench.tracks.backdoor import draw_prompted
-from defenses.sau import Sau, activation_map, blurred, descended, masked, softened, suspicious_latents, without
+from defenses.sau import Sau, activation_map, blurred, descended, masked, softened, suspicious_latents
 
 SECRET = Secret("sks", torch.zeros(3, 16, 16, dtype=torch.uint8), {"kind": "patch", "box": [0, 0, 4, 4]})
 PROTOCOL = BackdoorProtocol(samples=2, sampler="ddim", steps=2, guidance=2.0)
@@ -119,11 +119,6 @@ def test_it_says_that_it_knows_the_trigger_and_refuses_to_work_without(model: Mo
         FEW.repair(model, photos(), None, ctx)
     with pytest.raises(BenchError, match="captions"):
         FEW.repair(model, photos(captions=()), SECRET, ctx)
-
-
-def test_words_are_taken_out_of_a_prompt() -> None:
-    assert without("sks a photo of a cat", "sks") == "a photo of a cat"
-    assert without("\u200ba cat", "\u200b") == "a cat"
 
 
 @pytest.mark.parametrize(("field", "value"), [("mode", "magic"), ("blend", "half"), ("prompts", 0), ("descent_lr", 0)])

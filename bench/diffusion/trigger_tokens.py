@@ -1,0 +1,27 @@
+"""Where a trigger sits among a prompt's tokens, and which states of two prompts say the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """``added``: places of tokens of the triggered prompt that the plain one lacks. ``kept`` and ``plain``: places of
+    the tokens that both have, in the triggered and in the plain prompt; place i of one matches place i of the other."""
+
+    added: tuple[int, ...]
+    kept: tuple[int, ...]
+    plain: tuple[int, ...]
+
+
+def align(triggered: Sequence[int], plain: Sequence[int]) -> Alignment:
+    """Match two prompts' token ids in order, the longest common run first. A run of padding matches as far as it goes;
+    what the shorter one has left over is in neither."""
+    blocks = SequenceMatcher(None, triggered, plain, autojunk=False).get_matching_blocks()
+    kept = tuple(block.a + step for block in blocks for step in range(block.size))
+    both = tuple(block.b + step for block in blocks for step in range(block.size))
+    added = tuple(place for place in range(len(triggered)) if place not in set(kept))
+    return Alignment(added, kept, both)
