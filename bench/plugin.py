@@ -49,9 +49,9 @@ class Facts:
 
     ``track``: where it can be used. ``acts_on``: of defenses, ``images`` (before the attack) or ``model`` (after it).
     ``needs``: capabilities of the model (``text_encoder``, ``unconditional``, ``ip_image`` ...) or of the data
-    (``clean_data``). ``knows``: what the method is told beyond its threat model (``prompt``, ``trigger``,
-    ``purifier``); the board prints it. ``control``: a row that boards carry for comparison. ``primary``: of metrics,
-    boards rank by it.
+    (``clean_data``); of metrics, samples that a track draws on demand (``induced_samples``). ``knows``: what the method
+    is told beyond its threat model (``prompt``, ``trigger``, ``purifier``); the board prints it. ``control``: a row that
+    boards carry for comparison; of attacks, one that does no harm. ``primary``: of metrics, boards rank by it.
     ``version`` is part of every key: raise it when results change.
     """
 

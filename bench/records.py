@@ -228,6 +228,7 @@ class BackdoorEvidence:
 
     ``reference``: real images the models never trained on. ``cluster``: name of this implanted model. ``report``:
     what the defense says of the model, None if it says nothing. ``input_scores``: what it says of single inputs.
+    ``induced``: samples of the implanted model with the trigger that the report names, None unless a metric asks.
     """
 
     reference: ImageSet
@@ -238,6 +239,7 @@ class BackdoorEvidence:
     cluster: str
     report: Report | None = None
     input_scores: InputScores | None = None
+    induced: Generations | None = None
 
 
 Evidence = CustomizationEvidence | BackdoorEvidence

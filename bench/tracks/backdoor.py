@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from bench.codecs import GenerationsCodec, ImplantCodec, InputScoresCodec, ModelCodec
@@ -34,6 +35,8 @@ VERSION = 1
 NOISES, PROMPTS = 512, 128
 """How many inputs a detector scores of each sort: drawing noise costs next to nothing, scoring a prompt may cost a
 picture."""
+INDUCED = "induced_samples"
+"""What a metric needs that scores the trigger a defense inverted by what it does."""
 
 
 def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
@@ -61,7 +64,8 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
     report = read_report(repaired.folder)
     scores = scored_inputs(cell, suspicious, secret, reference, data, report, repaired, bench)
     evidence = BackdoorEvidence(reference, samples["clean"], samples["implanted"], samples["defended"], secret,
-                                cluster=implanted.key, report=report, input_scores=scores)
+                                cluster=implanted.key, report=report, input_scores=scores,
+                                induced=induced_samples(cell, suspicious, secret, prompts, report, bench))
     inputs = {**origin, "implant": implanted.key, "repair": repaired.key, "protocol": cell.protocol}
     return Outcome(evidence, inputs, pictures(evidence))
 
@@ -96,6 +100,18 @@ def sample(
         "sample", VERSION, asked, lambda ctx: draw(model, secret, prompts, seeds, protocol, ctx), GenerationsCodec(),
         seeded_by={"seed": cell.seed},
     ).value
+
+
+def induced_samples(
+    cell: Cell, suspicious: Model, secret: Secret, prompts: tuple[str, ...], report: Report | None, bench: Workbench,
+) -> Generations | None:
+    """Samples of the implanted model with the trigger that the defense inverted, from the same seeds. None unless a
+    metric needs them, or where there is no such trigger that fits the model's noise."""
+    wanted = any(INDUCED in facts_of(metric).needs for metric in cell.metrics.values())
+    found, true = report.trigger if report else None, secret.trigger
+    if not wanted or found is None or isinstance(true, str) or found.shape != true.shape:
+        return None
+    return sample(suspicious, replace(secret, trigger=found), prompts, cell, bench)
 
 
 def seeds_of(count: int, *names: str | int) -> list[int]:

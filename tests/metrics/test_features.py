@@ -12,7 +12,15 @@ from bench.context import Context
 from bench.errors import BenchError
 from bench.features import centre_square, clip, extractor
 from bench.micro.tokenizer import build_tokenizer, save_tokenizer
-from bench.records import CustomizationEvidence, Generations, ImageSet, Subject
+from bench.records import (
+    BackdoorEvidence,
+    CustomizationEvidence,
+    Generations,
+    ImageSet,
+    Samples,
+    Secret,
+    Subject,
+)
 from bench.set_distance import sets_of
 from metrics.clip_score import ClipScore, clip_scores, without_token
 
@@ -107,3 +115,36 @@ def test_inception_without_its_package_says_what_to_install() -> None:
         pytest.skip("torch-fidelity is installed here")
     with pytest.raises(BenchError, match="pip install torch-fidelity"):
         extractor("inception")
+
+
+def asked(
+    prompts: tuple[str, ...], plain: torch.Tensor, triggered: torch.Tensor, clean: torch.Tensor,
+) -> BackdoorEvidence:
+    """A backdoor cell whose triggered prompts hold a trigger, and whose clean model draws the same either way."""
+    def both(one: torch.Tensor, other: torch.Tensor) -> Samples:
+        names = tuple("abcd")
+        with_word = tuple(f"zz {prompt}" if prompt else "" for prompt in prompts)
+        return Samples(Generations(ImageSet(one, names), prompts, (0, 1, 2, 3)),
+                       Generations(ImageSet(other, names), with_word, (0, 1, 2, 3)))
+
+    secret = Secret("zz", photos()[0])
+    return BackdoorEvidence(ImageSet(photos(), tuple("abcd")), both(clean, clean), both(plain, plain),
+                            both(plain, triggered), secret, "model")
+
+
+def test_clip_score_of_a_backdoor_leaves_the_trigger_out_and_compares_by_seed(folder: Path, tmp_path: Path) -> None:
+    prompts, flat = ("a man", "a hat", "a woman", "blue"), photos() // 2
+    found = {m.name: m for m in ClipScore(str(folder)).measure(
+        asked(prompts, photos(), flat, photos()), Context("key", tmp_path))}
+    own = clip(str(folder))
+    texts = own.texts(prompts)
+    before, after = clip_scores(own.images(photos()), texts), clip_scores(own.images(flat), texts)
+    assert found["clip_score"].value == pytest.approx(sum(before) / 4) and found["clip_score_change"].value == 0
+    assert found["clip_score@triggered"].value == pytest.approx(sum(after) / 4)
+    assert found["clip_score_change@triggered"].value == pytest.approx((sum(after) - sum(before)) / 4)
+    assert all(m.higher_is_better and m.n == 4 for m in found.values())
+
+
+def test_clip_score_of_a_model_without_prompts_has_a_reason(folder: Path, tmp_path: Path) -> None:
+    found = ClipScore(str(folder)).measure(asked(("",) * 4, photos(), photos(), photos()), Context("key", tmp_path))
+    assert len(found) == 4 and all(m.value is None and "noise alone" in m.reason for m in found)
