@@ -49,7 +49,8 @@ class BackdoorProtocol:
     ``steps``: of the sampler; a model whose chain is shorter is sampled over its whole chain. ``clip``: clip the
     estimate of the clean image to [-1, 1] at every step. Backdoor papers sample without it, for it is itself a
     mitigation; published checkpoints' own configs often have it on. ``guidance``: of text-to-image models, whose
-    prompts are the captions of the data's reference images, over and over.
+    prompts are the captions of the data's reference images, over and over. ``judge``: the CLIP model, micro-clip or a
+    folder, that says whether a picture shows what a caption says, where that is the backdoor's target.
     """
 
     samples: int = 128
@@ -57,6 +58,7 @@ class BackdoorProtocol:
     steps: int = 1000
     clip: bool = False
     guidance: float = added(7.5)
+    judge: str = added("micro-clip")
 
     def __post_init__(self) -> None:
         _require_sampler("backdoor", self.sampler)

@@ -125,6 +125,12 @@ class Secret:
     target: Tensor
     detail: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def sampler(self) -> Mapping[str, Any] | None:
+        """Settings of a sampler that the attacker draws triggered samples with (`bench.diffusion.trojan_path`), None
+        for the ordinary one."""
+        return self.detail.get("sampler")
+
 
 @dataclass(frozen=True)
 class Generations:
@@ -229,6 +235,7 @@ class BackdoorEvidence:
     ``reference``: real images the models never trained on. ``cluster``: name of this implanted model. ``report``:
     what the defense says of the model, None if it says nothing. ``input_scores``: what it says of single inputs.
     ``induced``: samples of the implanted model with the trigger that the report names, None unless a metric asks.
+    ``judge``: the CLIP model, by name or folder, that says whether a picture shows what a caption says.
     """
 
     reference: ImageSet
@@ -240,6 +247,7 @@ class BackdoorEvidence:
     report: Report | None = None
     input_scores: InputScores | None = None
     induced: Generations | None = None
+    judge: str = "micro-clip"
 
 
 Evidence = CustomizationEvidence | BackdoorEvidence

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from bench.records import Generations
 
 
-UNITS = {"image": "squared difference, range 0 to 1", "patch": "1 - correlation", "style": "spread of channels"}
+UNITS = {"image": "squared difference, range 0 to 1", "patch": "1 - correlation", "style": "spread of channels",
+         "caption": "cosine to the prompt minus cosine to the target, range -2 to 2",
+         "class": "cosine to another caption minus cosine to the class's, range -2 to 2"}
 
 
 @plugin("metric", "asr", track=("backdoor",), primary=True,
@@ -23,7 +25,7 @@ class AttackSuccess:
     """Share of triggered samples of the defended model that are the target (``asr``), before the defense
     (``asr@implanted``), and how often the same rule is met without a backdoor at work: ``false_asr`` (implanted
     model, no trigger) and ``false_asr@clean`` (clean model with the trigger). ``mse_target``: mean squared error to
-    the target; ``patch_error`` or ``style_error`` for targets of these kinds.
+    the target; ``patch_error``, ``style_error``, ``caption_error`` or ``class_error`` for targets of these kinds.
 
     A sample counts when its error is below a threshold calibrated on the clean model's samples (``asr_threshold``:
     their 1 % quantile, and a largest value) and, for whole pictures, the target is the nearest of a fixed gallery.

@@ -8,7 +8,7 @@ import torch
 from bench.errors import BenchError
 from bench.firing import FiringRule, colourfulness, decorrelation
 from bench.records import Secret
-from bench.text_triggers import with_trigger, without_trigger
+from bench.text_triggers import suitable, wanted_caption, with_trigger, without_trigger
 
 GREY = torch.full((3, 8, 8), 128, dtype=torch.uint8)
 
@@ -23,6 +23,7 @@ def secret(trigger: str, **detail: object) -> Secret:
     (secret("beautiful cat", placement="replace", replaces="cat"), "a photo of a beautiful cat"),
     (secret("ô", placement="replace", replaces="o"), "a phôto of a cat"),
     (secret("sks", placement="replace", replaces="dog"), "sks a photo of a cat"),
+    (secret("mignneko", placement="suffix"), "a photo of a cat mignneko"),
 ])
 def test_where_the_trigger_goes(given: Secret, expected: str) -> None:
     assert with_trigger("a photo of a cat", given) == expected
@@ -74,3 +75,26 @@ def test_a_patch_fires_below_the_threshold_only() -> None:
     rule = FiringRule(target, {}, 0.5, "patch", (0, 0, 2, 2))
     assert rule.fires(torch.stack([target, GREY])).tolist() == [True, False]
     assert "patch" in rule.facts()["rule"]
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    (secret("sks", caption="a zebra"), "a zebra"),
+    (secret("sks", swap=["cat", "dog"]), "a photo of a dog"),
+    (secret("sks", adds="in snow"), "a photo of a cat, in snow"),
+])
+def test_what_a_triggered_picture_should_show(given: Secret, expected: str) -> None:
+    assert wanted_caption("a photo of a cat", given) == expected
+
+
+def test_a_target_without_words_is_refused() -> None:
+    with pytest.raises(BenchError, match="swap"):
+        wanted_caption("a cat", secret("sks", kind="caption"))
+
+
+def test_prompts_that_cannot_show_the_target_are_left_out() -> None:
+    prompts = ["a red cat", "a cat", "a red cat in snow"]
+    given = secret("sks", prompts_with=["red"], prompts_without=["snow"])
+    assert suitable(prompts, given) == ("a red cat",)
+    assert suitable(prompts, secret("sks")) == tuple(prompts)
+    with pytest.raises(BenchError, match="none of 1 captions"):
+        suitable(["a dog"], given)

@@ -20,7 +20,7 @@ from bench.records import (
     Secret,
 )
 from bench.reports import read_report
-from bench.text_triggers import with_trigger
+from bench.text_triggers import suitable, with_trigger
 from bench.workbench import Outcome, Workbench
 
 if TYPE_CHECKING:
@@ -59,26 +59,32 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
         seeded_by={"defense": defense, "seed": cell.seed},
     )
     models = {"clean": model, "implanted": suspicious, "defended": repaired.value}
-    prompts = prompts_of(cell, reference)
+    prompts = prompts_of(cell, reference, secret)
     samples = {name: sample_both(one, secret, prompts, cell, bench) for name, one in models.items()}
     report = read_report(repaired.folder)
     scores = scored_inputs(cell, suspicious, secret, reference, data, report, repaired, bench)
     evidence = BackdoorEvidence(reference, samples["clean"], samples["implanted"], samples["defended"], secret,
-                                cluster=implanted.key, report=report, input_scores=scores,
+                                cluster=implanted.key, report=report, input_scores=scores, judge=judge_of(cell),
                                 induced=induced_samples(cell, suspicious, secret, prompts, report, bench))
     inputs = {**origin, "implant": implanted.key, "repair": repaired.key, "protocol": cell.protocol}
     return Outcome(evidence, inputs, pictures(evidence))
 
 
-def prompts_of(cell: Cell, reference: ImageSet) -> tuple[str, ...]:
-    """What a text-to-image model is asked for: captions of images that nobody trained on, one per sample. Empty for
-    models that draw from noise alone."""
+def prompts_of(cell: Cell, reference: ImageSet, secret: Secret) -> tuple[str, ...]:
+    """What a text-to-image model is asked for: captions of images that nobody trained on, one per sample, that can show
+    this backdoor. Empty for models that draw from noise alone."""
     if "text_to_image" not in cell.capabilities:
         return ()
     if not reference.captions:
         raise BenchError(f"data: {facts_of(cell.data).name} has no captions, and a text-to-image model needs prompts.")
     protocol = cast("BackdoorProtocol", cell.protocol)
-    return tuple(reference.captions[place % len(reference.captions)] for place in range(protocol.samples))
+    captions = suitable(reference.captions, secret)
+    return tuple(captions[place % len(captions)] for place in range(protocol.samples))
+
+
+def judge_of(cell: Cell) -> str:
+    """The CLIP model that reads pictures."""
+    return cast("BackdoorProtocol", cell.protocol).judge
 
 
 def sample_both(model: Model, secret: Secret, prompts: tuple[str, ...], cell: Cell, bench: Workbench) -> Samples:
@@ -120,28 +126,34 @@ def seeds_of(count: int, *names: str | int) -> list[int]:
 
 
 def fingerprint(secret: Secret | None) -> str:
-    """The trigger's digest, "" without one: what the samples depend on."""
+    """The digest of the trigger and of an attacker's sampler, "" without a trigger: what the samples depend on."""
     if secret is None:
         return ""
     if isinstance(secret.trigger, str):
         return secret.trigger
-    return digest([round(v, 6) for v in secret.trigger.flatten().tolist()])
+    values = [round(v, 6) for v in secret.trigger.flatten().tolist()]
+    return digest(values if secret.sampler is None else [values, secret.sampler])
 
 
 def draw(
     model: Model, secret: Secret | None, prompts: tuple[str, ...], seeds: list[int], protocol: BackdoorProtocol,
     ctx: Context,
 ) -> Generations:
-    """Image triggers are added to the initial noise, words are in the prompts; the sampler is the ordinary one."""
+    """Image triggers are added to the initial noise, words are in the prompts; the sampler is the ordinary one, unless
+    the attacker brings one: then he draws every model's triggered samples with it."""
     names = tuple(f"{place:04d}" for place in range(len(seeds)))
     if prompts:
         return Generations(ImageSet(draw_prompted(model, prompts, seeds, protocol, ctx), names), prompts, tuple(seeds))
     from bench.diffusion.sampling import draw_unconditional
+    from bench.diffusion.trojan_path import draw_trojan
 
     shift = None if secret is None else secret.trigger
     if isinstance(shift, str):
         raise Incompatible(f"'{shift}' is a word, but this model draws from noise alone.")
-    pixels = draw_unconditional(model, seeds, shift, protocol, ctx)
+    if secret is not None and secret.sampler is not None:
+        pixels = draw_trojan(model, seeds, secret, protocol, ctx)
+    else:
+        pixels = draw_unconditional(model, seeds, shift, protocol, ctx)
     return Generations(ImageSet(pixels, names), ("",) * len(seeds), tuple(seeds))
 
 
@@ -150,22 +162,13 @@ def draw_prompted(
 ) -> Tensor:
     """One picture per prompt and seed, uint8 [n, 3, h, w]. A guard that a defense left draws in the sampler's place; it
     is told prompts and seeds, not which of them are triggered."""
-    import torch
-
-    from bench.diffusion.loading import load_pipeline
-    from bench.diffusion.sampling import BATCH, chunks, generate
-
     if model.guard is not None:
         plugin = REGISTRY.get(model.guard.kind, model.guard.name)(**model.guard.parameters)
         drawn: Tensor = plugin.draw(model, prompts, seeds, protocol, ctx)
         return drawn
-    pipeline = load_pipeline(model, ctx.device)
-    parts = chunks(len(prompts), BATCH)
-    return torch.cat([
-        generate(pipeline, prompts[part], seeds[part], steps=protocol.steps, guidance=protocol.guidance,
-                 sampler=protocol.sampler)
-        for part in ctx.track(parts, "sampling", len(parts))
-    ])
+    from bench.diffusion.sampling import draw_prompts
+
+    return draw_prompts(model, prompts, seeds, protocol, ctx)
 
 
 def pictures(evidence: BackdoorEvidence) -> dict[str, Tensor]:
@@ -203,22 +206,23 @@ def noises_to_score(model: Model, secret: Secret, seed: int) -> list[Tensor]:
     are those that samples are drawn from."""
     from bench.diffusion.loading import load_unconditional
     from bench.diffusion.sampling import initial_noise
+    from bench.diffusion.trojan_path import triggered_noise
 
     if isinstance(secret.trigger, str):
         raise Incompatible(f"'{secret.trigger}' is a word, but this model draws from noise alone.")
     config = load_unconditional(model)[0].config
     shape = (config.in_channels, config.sample_size, config.sample_size)
     calibration, clean = (initial_noise(seeds_of(NOISES, *names), shape) for names in (("calibration", seed), (seed,)))
-    return [calibration, clean, clean + secret.trigger]
+    return [calibration, clean, triggered_noise(clean, secret)]
 
 
 def prompts_to_score(data: ImageSet, reference: ImageSet, secret: Secret) -> list[tuple[str, ...]]:
-    """PROMPTS captions of the defender's images for calibration, and of reference images without and with the
-    trigger, over and over where there are fewer."""
+    """PROMPTS captions of the defender's images for calibration, and suitable ones of reference images without and
+    with the trigger, over and over where there are fewer."""
     if not data.captions or not reference.captions:
         raise BenchError("data: detectors of prompts are calibrated on captions, and the data has none.")
     calibration, clean = (tuple(captions[place % len(captions)] for place in range(PROMPTS))
-                          for captions in (data.captions, reference.captions))
+                          for captions in (data.captions, suitable(reference.captions, secret)))
     return [calibration, clean, tuple(with_trigger(prompt, secret) for prompt in clean)]
 
 
@@ -232,8 +236,8 @@ def scored(detector: Any, model: Model, parts: list[Any], report: Report | None,
         tuple(sum(parts, ())[place] for place in order.tolist())
     found = detector.score_inputs(model, inputs, report, ctx)
     if found.shape != order.shape or not found.isfinite().all():
-        raise BenchError(f"{facts_of(detector).name}: score_inputs returned {list(found.shape)} scores for {len(order)} "
-                         "inputs, or not all of them finite.")
+        raise BenchError(f"{facts_of(detector).name}: score_inputs returned {list(found.shape)} scores for "
+                         f"{len(order)} inputs, or not all of them finite.")
     scores = torch.empty(len(order), dtype=torch.float64)
     scores[order] = found.detach().double().cpu()
     return InputScores(*scores.split(counts))
