@@ -1,7 +1,8 @@
 """Boards as data: who is ahead of whom under one protocol, with intervals, controls and what is missing.
 
 A board compares defenses under one track, model, data, attack, purifier and protocol; where cells differ in purifier
-alone, a further board holds the worst case over purifiers. Everything on them is computed again from the per-sample
+alone, a further board holds the worst case over purifiers, and where models with and without a backdoor were scored,
+one holds who tells them apart. Everything on them is computed again from the per-sample
 rows; no torch, no weights, no images are needed.
 """
 
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from bench.detection import DetectionBoard, make_detection, population_key, scores_models
 from bench.identity import canonical_json, digest
 from bench.results import MeasurementRecord, Result
 from bench.runs import (
@@ -112,13 +114,14 @@ class Table:
 
 @dataclass(frozen=True)
 class Boards:
-    """All boards of a suite. ``stamps``: what the results say they are not."""
+    """All boards of a suite. ``stamps``: what the results say they are not. ``detections``: of whole populations."""
 
     suite: str
     stamps: tuple[str, ...]
     counts: Mapping[str, int]
     tables: tuple[Table, ...]
     notes: tuple[str, ...] = ()
+    detections: tuple[DetectionBoard, ...] = ()
 
 
 @dataclass
@@ -150,7 +153,16 @@ def make_boards(suite: str, runs: Sequence[Run], notes: Iterable[str] = ()) -> B
     tables.sort(key=in_order)
     stamps = tuple(sorted({run.result.stamp for run in ordered if run.result.stamp}))
     counts = Counter(run.result.status for run in ordered)
-    return Boards(suite, stamps, {status: counts[status] for status in sorted(counts)}, tuple(tables), tuple(notes))
+    return Boards(suite, stamps, {status: counts[status] for status in sorted(counts)}, tuple(tables), tuple(notes),
+                  tuple(detection_boards(ordered)))
+
+
+def detection_boards(runs: Sequence[Run]) -> Iterator[DetectionBoard]:
+    """One per population of models that any defense scored."""
+    for population in grouped(runs, population_key):
+        scored = {defense_key(run.result.cell): run.result for run in population if scores_models(run)}
+        if scored and (board := make_detection(population, unique_labels(scored))):
+            yield board
 
 
 def grouped(runs: Sequence[Run], key: Callable[[Result], str]) -> list[list[Run]]:

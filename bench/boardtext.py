@@ -14,6 +14,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from bench.boards import Boards, Column, Delta, Line, Table
+from bench.detection import DetectionBoard, Detector, Mistakes
 from bench.stats import Difference, Estimate
 from bench.worst_case import Matrix, MatrixRow
 
@@ -255,6 +256,68 @@ def overview(boards: Boards) -> str:
     return f"{total} cell{'s' if total != 1 else ''}: {', '.join(parts)}"
 
 
+# Detection
+
+
+def detection_title(board: DetectionBoard) -> str:
+    return f"{board.track}: which models are poisoned? {board.model}"
+
+
+def detection_subtitle(board: DetectionBoard) -> str:
+    return (f"data {board.data} · positive = poisoned · thresholds aim at {board.rate:.0%} false positives on clean "
+            f"models that are not scored · 95 % intervals over models · board {board.id[:8]}")
+
+
+def detection_sheets(board: DetectionBoard) -> list[Sheet]:
+    wrong = tuple(row for detector in board.detectors for row in mistake_rows(detector))
+    return [rates(board), by_attack(board),
+            *([Sheet("Mistakes", ("defense", "mistake", "models", "seeds", "scores", "ASR"), wrong)] if wrong else [])]
+
+
+def rates(board: DetectionBoard) -> Sheet:
+    """Every defense at the common rate of false positives, and by its own rule."""
+    rows = tuple((
+        named(d), *(shown_score(score, 3) for score in (d.auroc, d.tpr, d.fpr, d.accuracy, d.own_tpr, d.own_fpr)),
+        Shown(f"{d.poisoned} + {d.clean}", f"{d.calibration} calibrate"), Shown(seconds(d.seconds)),
+    ) for d in board.detectors)
+    head = ("defense", "AUROC ↑", "TPR ↑", "FPR ↓", "accuracy ↑", "TPR ↑ (own rule)", "FPR ↓ (own rule)",
+            "poisoned + clean", "cost")
+    return Sheet("Poisoned models told from clean ones", head, rows)
+
+
+def by_attack(board: DetectionBoard) -> Sheet:
+    rows = tuple((named(d), *(shown_score(d.by_attack[name], 3) if name in d.by_attack else Shown(DASH)
+                              for name in board.attacks)) for d in board.detectors)
+    return Sheet("TPR ↑ by attack", ("defense", *board.attacks), rows)
+
+
+def named(detector: Detector) -> Shown:
+    said = ["control"] if detector.control else []
+    known = [f"knows {', '.join(detector.knows)}"] if detector.knows else []
+    return Shown(detector.label, "; ".join([*said, *known]))
+
+
+def mistake_rows(detector: Detector) -> Iterator[tuple[Shown, ...]]:
+    """One per setting: how many of its models were judged wrongly, and which."""
+    for m in detector.mistakes:
+        limit = DASH if detector.threshold is None else f"threshold {detector.threshold:.3g}"
+        yield (Shown(detector.label), Shown(f"{'missed' if m.missed else 'false alarm'}: {m.setting}"),
+               Shown(f"{len(m.seeds)} of {m.of}"), Shown(", ".join(map(str, m.seeds))),
+               Shown(spread_of(m), limit), Shown(DASH if m.success is None else f"{m.success:.2f}"))
+
+
+def spread_of(m: Mistakes) -> str:
+    low, high = min(m.scores), max(m.scores)
+    return f"{low:.3g}" if low == high else f"{low:.3g} to {high:.3g}"
+
+
+def detection_measures(d: Detector) -> Iterator[tuple[str, str, Estimate]]:
+    """Name, better direction and value of everything that a line says."""
+    yield from (("auroc", "higher", d.auroc), ("tpr", "higher", d.tpr), ("fpr", "lower", d.fpr),
+                ("accuracy", "higher", d.accuracy), ("own_tpr", "higher", d.own_tpr), ("own_fpr", "lower", d.own_fpr))
+    yield from ((f"tpr {name}", "higher", score) for name, score in d.by_attack.items())
+
+
 # Markdown
 
 
@@ -281,6 +344,8 @@ def markdown(boards: Boards) -> str:
     for stamp in boards.stamps:
         lines += [f"**{escaped(stamp)}**", ""]
     lines += [overview(boards), ""]
+    for board in boards.detections:
+        lines += [f"## {escaped(detection_title(board))}", "", *markdown_detection(board)]
     for lead, others, hidden in sections(boards.tables):
         lines += [f"## {escaped(title(lead))}", "", *markdown_table(lead)]
         for table in others:
@@ -299,6 +364,13 @@ def markdown_table(table: Table) -> list[str]:
     return lines + [f"- {escaped(note)}" for note in said] + ([""] if said else [])
 
 
+def markdown_detection(board: DetectionBoard) -> list[str]:
+    lines = [escaped(detection_subtitle(board)), ""]
+    for sheet in detection_sheets(board):
+        lines += [f"**{escaped(sheet.title)}**", "", *markdown_rows(sheet), ""]
+    return lines + [f"- {escaped(note)}" for note in board.notes] + ([""] if board.notes else [])
+
+
 def markdown_rows(sheet: Sheet) -> Iterator[str]:
     yield "| " + " | ".join(map(escaped, sheet.head)) + " |"
     yield "|" + "|".join(" --- " if _left(name) else " ---: " for name in sheet.head) + "|"
@@ -307,7 +379,7 @@ def markdown_rows(sheet: Sheet) -> Iterator[str]:
 
 
 def _left(name: str) -> bool:
-    return name in ("rank", "defense", "status", "reason", "n")
+    return name in ("rank", "defense", "status", "reason", "n", "mistake", "seeds")
 
 
 # Terminal
@@ -322,6 +394,8 @@ def print_terminal(boards: Boards, width: int | None = None) -> None:
     console.print(Text(f"Leaderboard: {printable(boards.suite)}  ({overview(boards)})", style="bold"))
     for stamp in boards.stamps:
         console.print(Text(printable(stamp), style="bold yellow"))
+    for board in boards.detections:
+        print_detection(board, console)
     for lead, others, hidden in sections(boards.tables):
         for table in (lead, *others):
             print_table(table, console)
@@ -340,6 +414,18 @@ def print_table(table: Table, console: Console) -> None:
     for sheet in sheets(table, ACROSS if console.width >= 105 else 3):
         console.print(drawn(sheet))
     for note in notes(table):
+        console.print(Text(f"{DASH} {printable(note)}", style="dim"))
+
+
+def print_detection(board: DetectionBoard, console: Console) -> None:
+    from rich.text import Text
+
+    console.print()
+    console.rule(Text(printable(detection_title(board)), style="bold cyan"), align="left")
+    console.print(Text(printable(detection_subtitle(board)), style="dim"))
+    for sheet in detection_sheets(board):
+        console.print(drawn(sheet))
+    for note in board.notes:
         console.print(Text(f"{DASH} {printable(note)}", style="dim"))
 
 
@@ -383,7 +469,21 @@ def comma_separated(boards: Boards) -> str:
             for column in table.columns or (None,):
                 writer.writerows(csv_rows(table, line, column))
         writer.writerows(csv_matrix(table, table.matrix) if table.matrix else ())
+    for board in boards.detections:
+        writer.writerows(csv_detection(board))
     return out.getvalue()
+
+
+def csv_detection(board: DetectionBoard) -> Iterator[list[object]]:
+    """A row per defense and measurement."""
+    for d in board.detectors:
+        for name, better, score in detection_measures(d):
+            known = {"board": board.id, "part": "detection", "track": board.track, "model": board.model,
+                     "data": board.data, "defense": d.label, "control": int(d.control), "knows": " ".join(d.knows),
+                     "measurement": name, "unit": "share", "better": better, "value": score.value, "low": score.low,
+                     "high": score.high, "n": score.n, "units": score.units, "missing_because": score.reason,
+                     "seconds": d.seconds}
+            yield [_data(known.get(column)) for column in (*HEAD, *DELTA_HEAD)]
 
 
 def csv_matrix(table: Table, matrix: Matrix) -> Iterator[list[object]]:
@@ -418,6 +518,8 @@ def csv_rows(table: Table, line: Line, column: Column | None) -> Iterator[list[o
 def as_json(boards: Boards) -> str:
     """Everything that the boards say, a line per board."""
     parts = _rounded(asdict(boards))
+    if not boards.detections:
+        parts.pop("detections")
     tables = ",\n".join(_dumped(table) for table in parts.pop("tables"))
     return _dumped(parts)[:-1] + f',"tables":[\n{tables}\n]}}\n'
 

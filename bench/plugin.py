@@ -50,8 +50,8 @@ class Facts:
     ``track``: where it can be used. ``acts_on``: of defenses, ``images`` (before the attack) or ``model`` (after it).
     ``needs``: capabilities of the model (``text_encoder``, ``unconditional``, ``ip_image`` ...) or of the data
     (``clean_data``); of metrics, samples that a track draws on demand (``induced_samples``). ``knows``: what the method
-    is told beyond its threat model (``prompt``, ``trigger``, ``purifier``); the board prints it. ``control``: a row that
-    boards carry for comparison; of attacks, one that does no harm. ``primary``: of metrics, boards rank by it.
+    is told beyond its threat model (``prompt``, ``trigger``, ``purifier``); the board prints it. ``control``: a row
+    that boards carry for comparison; of attacks, one that does no harm. ``primary``: of metrics, boards rank by it.
     ``version`` is part of every key: raise it when results change.
     """
 
@@ -91,9 +91,10 @@ class ModelDefense(Protocol):
 class InputDetector(Protocol):
     """What a defense of models may do besides ``repair``: say how suspicious single inputs are.
 
-    ``model``: the one that the defense was given to repair. ``inputs``: initial noise, float [n, 3, h, w], or n prompts.
-    ``report``: what ``repair`` wrote, None if nothing. Returns [n] scores, higher is more suspicious; each may depend
-    on its own input only: inputs come in a mixed order, and thresholds are set outside, on inputs without the trigger.
+    ``model``: the one that the defense was given to repair. ``inputs``: initial noise, float [n, 3, h, w], or n
+    prompts. ``report``: what ``repair`` wrote, None if nothing. Returns [n] scores, higher is more suspicious; each may
+    depend on its own input only: inputs come in a mixed order, and thresholds are set outside, on inputs without the
+    trigger.
     """
 
     def score_inputs(
