@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 class Plan:
     """``steps`` updates at ``lr``: linear warm-up over ``warmup`` of them, then, if ``cosine``, half a cosine to 0.
 
-    ``clip``: largest norm of the gradient, 0 for none.
+    ``clip``: largest norm of the gradient, 0 for none. ``milestone``: the step from which on the rate is a tenth, 0
+    for never. ``decay``: of the weights (AdamW), 0 for plain Adam.
     """
 
     steps: int
@@ -28,6 +29,8 @@ class Plan:
     warmup: int = 0
     cosine: bool = True
     clip: float = 1.0
+    milestone: int = 0
+    decay: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.lr <= 0 or self.warmup < 0 or self.clip < 0:
@@ -39,7 +42,9 @@ class Plan:
         if step < self.warmup:
             return step / self.warmup
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
-        return 0.5 * (1 + math.cos(math.pi * done)) if self.cosine else 1.0
+        if self.cosine:
+            return 0.5 * (1 + math.cos(math.pi * done))
+        return 0.1 if self.milestone and step >= self.milestone else 1.0
 
 
 def mixed(device: str, wanted: bool) -> torch.autocast:
@@ -75,7 +80,8 @@ def fit(
     """
     network.requires_grad_(True).train()
     weights = list(network.parameters())
-    optimizer = torch.optim.Adam(weights, lr=plan.lr)
+    optimizer = torch.optim.AdamW(weights, lr=plan.lr, weight_decay=plan.decay) if plan.decay else \
+        torch.optim.Adam(weights, lr=plan.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.factor)
     for _ in ctx.track(range(plan.steps), what, plan.steps):
         loss = batch_loss()
