@@ -129,7 +129,8 @@ class Secret:
     def sampler(self) -> Mapping[str, Any] | None:
         """Settings of a sampler that the attacker draws triggered samples with (`bench.diffusion.trojan_path`), None
         for the ordinary one."""
-        return self.detail.get("sampler")
+        settings: Mapping[str, Any] | None = self.detail.get("sampler")
+        return settings
 
 
 @dataclass(frozen=True)

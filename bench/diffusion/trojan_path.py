@@ -147,9 +147,11 @@ def path_of(secret: Secret, alphas_bar: Tensor) -> TrojanPath:
 def triggered_noise(noise: Tensor, secret: Secret) -> Tensor:
     """What a triggered chain starts from, of standard normal ``noise`` [n, 3, h, w]: noise plus the trigger, or the
     attacker's own N(mu, gamma^2)."""
-    if secret.sampler is None:
-        return noise + secret.trigger
-    return path_of(secret, torch.ones(1)).start(noise)
+    if secret.sampler is not None:
+        return path_of(secret, torch.ones(1)).start(noise)
+    if isinstance(secret.trigger, str):
+        raise BenchError(f"trojan path: the trigger '{secret.trigger}' is a word, and noise takes an image.")
+    return noise + secret.trigger
 
 
 def draw_trojan(
