@@ -78,3 +78,15 @@ def test_images_of_another_size_are_refused(clean: Model, tmp_path: Path) -> Non
     small = ImageSet(photos().pixels[:, :, :8, :8], photos().names)
     with pytest.raises(BenchError, match="data.size=16"):
         CleanFinetune(steps=1).implant(clean, small, Context("key", tmp_path))
+
+
+def test_its_preset_trains_as_long_as_the_attacks() -> None:
+    """Otherwise a detector could tell models by how long they were trained."""
+    from omegaconf import OmegaConf
+
+    folder = Path(__file__).parents[2] / "conf/attack"
+    control, attack = (dict(OmegaConf.load(folder / f"{name}_micro.yaml"))
+                       for name in ("clean_finetune", "baddiffusion"))
+    shared = {f.name for f in fields(CleanFinetune)} & control.keys()
+    assert shared >= {"steps", "batch", "lr", "warmup"}
+    assert {name: control[name] for name in shared} == {name: attack[name] for name in shared}
