@@ -156,15 +156,17 @@ def make_detector(
     lacks = reasons({key: models.get(key) for key in sorted(everyone)
                      if key not in models or not scores_models(models[key])})
     return Detector(
-        label, defense.name, is_control(defense), tuple(map(str, defense.facts.get("knows") or ())),
-        len(poisoned), len(clean), len(calibration), limit,
-        auroc_of_groups([s.score for s in clean], [s.score for s in poisoned]),
-        *(share([over(s, limit) for s in part]) for part in (poisoned, clean)),
-        share([over(s, limit) == s.poisoned if limit is not None else None for s in judged]),
-        *(share([s.flagged for s in part]) for part in (poisoned, clean)),
-        {name: share([over(s, limit) for s in poisoned if s.group == name])
-         for name in sorted({s.group for s in poisoned})},
-        tuple(mistakes(judged, limit)), math.fsum(s.seconds for s in suspects) / len(suspects), lacks,
+        label=label, name=defense.name, control=is_control(defense),
+        knows=tuple(map(str, defense.facts.get("knows") or ())),
+        poisoned=len(poisoned), clean=len(clean), calibration=len(calibration), threshold=limit,
+        auroc=auroc_of_groups([s.score for s in clean], [s.score for s in poisoned]),
+        tpr=share([over(s, limit) for s in poisoned]), fpr=share([over(s, limit) for s in clean]),
+        accuracy=share([None if limit is None else over(s, limit) == s.poisoned for s in judged]),
+        own_tpr=share([s.flagged for s in poisoned]), own_fpr=share([s.flagged for s in clean]),
+        by_attack={name: share([over(s, limit) for s in poisoned if s.group == name])
+                   for name in sorted({s.group for s in poisoned})},
+        mistakes=tuple(mistakes(judged, limit)), seconds=math.fsum(s.seconds for s in suspects) / len(suspects),
+        lacks=lacks,
     )
 
 
