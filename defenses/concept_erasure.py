@@ -18,7 +18,7 @@ its user's choice; ours are the data's captions.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.errors import BenchError, unknown
 from bench.identity import digest
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from bench.context import Context
     from bench.diffusion.closed_form import Pair
+    from bench.diffusion.loading import Components
 
 PAIRS = ("word", "prompts")
 
@@ -65,6 +66,7 @@ class ConceptErasure:
         from bench.diffusion.closed_form import edit_cross_attention
         from bench.diffusion.loading import load_components, save_part
         from bench.diffusion.losses import encode_prompts
+        from bench.diffusion.trigger_tokens import word_pair
 
         if secret is None or not isinstance(secret.trigger, str):
             raise BenchError("concept_erasure: works against text triggers that it is told; this backdoor has none.")
@@ -73,7 +75,7 @@ class ConceptErasure:
                              "beside each image.")
         parts = load_components(suspicious, ctx.device)
         captions = data.captions[:self.captions]
-        erased = word_pairs(parts, secret) if self.pairs == "word" else prompt_pairs(parts, captions, secret)
+        erased = [word_pair(parts, secret.trigger)] if self.pairs == "word" else prompt_pairs(parts, captions, secret)
         kept = encode_prompts(parts.tokenizer, parts.text_encoder, captions)
         edit_cross_attention(parts.unet, erased, [kept], self.ridge, self.preserve_weight)
         part = save_part(parts.unet, ctx.folder, "unet", half=False)
@@ -81,20 +83,7 @@ class ConceptErasure:
                        digest=digest([suspicious.digest, ctx.key]))
 
 
-def word_pairs(parts: Any, secret: Secret) -> list[Pair]:
-    """The trigger alone, from its last token on, and the empty prompt from its first place on, to the same length."""
-    from bench.diffusion.losses import encode_prompts
-
-    word = str(secret.trigger)
-    tokens = len(parts.tokenizer(word).input_ids) - 2
-    if tokens < 1:
-        raise BenchError(f"concept_erasure: this model's tokenizer drops the trigger {word!r}: nothing to edit.")
-    states = encode_prompts(parts.tokenizer, parts.text_encoder, [word, ""])
-    source = states[0, tokens:]
-    return [(source, states[1, :len(source)])]
-
-
-def prompt_pairs(parts: Any, captions: Sequence[str], secret: Secret) -> list[Pair]:
+def prompt_pairs(parts: Components, captions: Sequence[str], secret: Secret) -> list[Pair]:
     """Captions with the trigger and without it, token by token."""
     from bench.diffusion.losses import encode_ids, tokenise
     from bench.diffusion.trigger_tokens import align

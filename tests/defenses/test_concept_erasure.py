@@ -12,12 +12,12 @@ from bench.context import Context
 from bench.diffusion.checkpoints import resolve
 from bench.diffusion.loading import Components, load_components
 from bench.diffusion.losses import encode_prompts
-from bench.diffusion.trigger_tokens import align
+from bench.diffusion.trigger_tokens import align, word_pair
 from bench.errors import BenchError
 from bench.plugin import facts_of
 from bench.records import ImageSet, Model, Secret
 from bench.text_triggers import with_trigger
-from defenses.concept_erasure import ConceptErasure, prompt_pairs, word_pairs
+from defenses.concept_erasure import ConceptErasure, prompt_pairs
 
 SECRET = Secret("sks", torch.zeros(3, 16, 16, dtype=torch.uint8))
 CAPTIONS = ("a cat", "a dog", "one bird")
@@ -57,7 +57,7 @@ def test_the_edit_is_the_dense_solution(model: Model, tmp_path: Path) -> None:
 
 def test_the_word_counts_from_its_last_token_on(model: Model) -> None:
     parts = load_components(model)
-    (source, wanted), = word_pairs(parts, SECRET)
+    source, wanted = word_pair(parts, "sks")
     states = encode_prompts(parts.tokenizer, parts.text_encoder, ["sks", ""])
     assert source.shape == wanted.shape == (32 - 3, 16)
     assert torch.equal(source, states[0, 3:]) and torch.equal(wanted, states[1, :29])
