@@ -137,7 +137,8 @@ class InviBackdoor:
             images, poisoned = (part.to(ctx.device) for part in next(draw))
             pair = disturbed(images, poisoned, delta, rows.target.to(ctx.device), self.on_photos)
             with mixed(ctx.device, self.mixed_precision):
-                yield poisoned_loss(unet, path, *pair, noises)
+                loss = poisoned_loss(unet, path, *pair, noises)
+            yield loss
 
     def learner(
         self, start: Implantation, target: Tensor, delta: Tensor, epoch: int, ctx: Context,
