@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from diffusers.models.embeddings import ImageProjection
 from torch import Tensor
 
 from bench.diffusion.images import to_uint8, to_unit
-from bench.diffusion.loading import load_pipeline, load_unconditional
+from bench.diffusion.loading import load_modules, load_pipeline, load_unconditional
 from bench.errors import BenchError, unknown
 
 if TYPE_CHECKING:
@@ -199,9 +200,21 @@ def draw_unconditional(
     model: Model, seeds: Sequence[int], shift: Tensor | None, protocol: BackdoorProtocol, ctx: Context,
 ) -> Tensor:
     """Samples of an unconditional model: uint8 [n, 3, h, w]. ``shift``: a trigger [3, h, w], added to the noise."""
+    return draw_from_noise(model, starting_noise(model, seeds, shift), seeds, protocol, ctx)
+
+
+def starting_noise(model: Model, seeds: Sequence[int], shift: Tensor | None) -> Tensor:
+    """Initial noise [n, 3, h, w] for an unconditional model, with ``shift`` [3, h, w] added."""
+    config = load_modules(replace(model, parts={}))["unet"].config  # parts have the base's input
+    noise = initial_noise(seeds, (config.in_channels, config.sample_size, config.sample_size))
+    return noise if shift is None else noise + shift
+
+
+def draw_from_noise(
+    model: Model, noise: Tensor, seeds: Sequence[int], protocol: BackdoorProtocol, ctx: Context,
+) -> Tensor:
+    """What the ordinary sampler draws from ``noise`` [n, 3, h, w], whether or not ``model`` is guarded."""
     unet, scheduler = load_unconditional(model, ctx.device)
-    noise = initial_noise(seeds, (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size))
-    noise = noise if shift is None else noise + shift
     steps = min(protocol.steps, scheduler.config.num_train_timesteps)
     schedule = {**scheduler.config, "clip_sample": protocol.clip}
     parts = chunks(len(seeds), UNCONDITIONAL_BATCH)

@@ -144,7 +144,7 @@ def draw(
     names = tuple(f"{place:04d}" for place in range(len(seeds)))
     if prompts:
         return Generations(ImageSet(draw_prompted(model, prompts, seeds, protocol, ctx), names), prompts, tuple(seeds))
-    from bench.diffusion.sampling import draw_unconditional
+    from bench.diffusion.sampling import draw_unconditional, starting_noise
     from bench.diffusion.trojan_path import draw_trojan
 
     shift = None if secret is None else secret.trigger
@@ -152,19 +152,27 @@ def draw(
         raise Incompatible(f"'{shift}' is a word, but this model draws from noise alone.")
     if secret is not None and secret.sampler is not None:
         pixels = draw_trojan(model, seeds, secret, protocol, ctx)
+    elif model.guard is not None:
+        noise = starting_noise(model, seeds, shift)
+        pixels = guard_of(model).draw_noise(model, noise, seeds, protocol, ctx)
     else:
         pixels = draw_unconditional(model, seeds, shift, protocol, ctx)
     return Generations(ImageSet(pixels, names), ("",) * len(seeds), tuple(seeds))
 
 
+def guard_of(model: Model) -> Any:
+    """The plugin that a defense left in the sampler's place. It is told prompts or noise, and seeds, not which of them
+    are triggered."""
+    assert model.guard is not None
+    return REGISTRY.get(model.guard.kind, model.guard.name)(**model.guard.parameters)
+
+
 def draw_prompted(
     model: Model, prompts: tuple[str, ...], seeds: list[int], protocol: BackdoorProtocol, ctx: Context,
 ) -> Tensor:
-    """One picture per prompt and seed, uint8 [n, 3, h, w]. A guard that a defense left draws in the sampler's place; it
-    is told prompts and seeds, not which of them are triggered."""
+    """One picture per prompt and seed, uint8 [n, 3, h, w]; a guard that a defense left draws in the sampler's place."""
     if model.guard is not None:
-        plugin = REGISTRY.get(model.guard.kind, model.guard.name)(**model.guard.parameters)
-        drawn: Tensor = plugin.draw(model, prompts, seeds, protocol, ctx)
+        drawn: Tensor = guard_of(model).draw(model, prompts, seeds, protocol, ctx)
         return drawn
     from bench.diffusion.sampling import draw_prompts
 
@@ -194,7 +202,8 @@ def scored_inputs(
              "count": PROMPTS if texts else NOISES, "prompts": [digest(list(own)) for own in captions]}
 
     def build(ctx: Context) -> InputScores:
-        parts = prompts_to_score(data, reference, secret) if texts else noises_to_score(suspicious, secret, cell.seed)
+        parts: list[Any] = prompts_to_score(data, reference, secret) if texts else \
+            noises_to_score(suspicious, secret, cell.seed)
         return scored(cell.defense, suspicious, parts, report, ctx)
 
     return bench.stage("score_inputs", VERSION, asked, build, InputScoresCodec(),
@@ -204,15 +213,13 @@ def scored_inputs(
 def noises_to_score(model: Model, secret: Secret, seed: int) -> list[Tensor]:
     """Initial noise [NOISES, 3, h, w] for calibration, without and with the trigger; the first seeds of the latter two
     are those that samples are drawn from."""
-    from bench.diffusion.loading import load_unconditional
-    from bench.diffusion.sampling import initial_noise
+    from bench.diffusion.sampling import starting_noise
     from bench.diffusion.trojan_path import triggered_noise
 
     if isinstance(secret.trigger, str):
         raise Incompatible(f"'{secret.trigger}' is a word, but this model draws from noise alone.")
-    config = load_unconditional(model)[0].config
-    shape = (config.in_channels, config.sample_size, config.sample_size)
-    calibration, clean = (initial_noise(seeds_of(NOISES, *names), shape) for names in (("calibration", seed), (seed,)))
+    calibration, clean = (starting_noise(model, seeds_of(NOISES, *names), None)
+                          for names in (("calibration", seed), (seed,)))
     return [calibration, clean, triggered_noise(clean, secret)]
 
 
@@ -240,4 +247,4 @@ def scored(detector: Any, model: Model, parts: list[Any], report: Report | None,
                          f"{len(order)} inputs, or not all of them finite.")
     scores = torch.empty(len(order), dtype=torch.float64)
     scores[order] = found.detach().double().cpu()
-    return InputScores(*scores.split(counts))
+    return InputScores(*torch.split(scores, counts))
