@@ -631,15 +631,19 @@ def draw(who: Identity, view: View, size: int = SIZE) -> Pixels:
     return _light(np.asarray(canvas.image.reduce(_SUPERSAMPLE), dtype=np.uint8), view)
 
 
-def dimmed(pixels: Pixels, share: float, seed: int) -> Pixels:
-    """Pictures uint8 [n, 3, s, s] with about `share` of them, drawn by `seed`, in dim light.
+NIGHT = 0.35
+"""The most light that a night shot has left."""
 
-    The light that is left is uniform from all to none. Photo collections have their night shots, and unconditional
-    models need them: a network that never saw a dark picture cannot tell a dark signal from the noise.
+
+def at_night(pixels: Pixels, share: float, seed: int) -> Pixels:
+    """Pictures uint8 [n, 3, s, s] with about `share` of them, drawn by `seed`, as night shots.
+
+    The light that they have left is uniform from none to `NIGHT`. Photo collections have such pictures, and
+    unconditional models need them: a network that never saw a dark picture cannot tell a dark signal from the noise.
     """
     rng = np.random.default_rng((11, seed))
     dim = rng.random(len(pixels)) < share
-    light = np.where(dim, rng.random(len(pixels)), 1.0)
+    light = np.where(dim, NIGHT * rng.random(len(pixels)), 1.0)
     return cast(Pixels, (pixels * light[:, None, None, None] + 0.5).astype(np.uint8))
 
 

@@ -12,7 +12,7 @@ from bench.data.micro_portraits import MicroPortraits, averaged
 from bench.data.micro_subjects import MicroSubjects
 from bench.data.photo_folder import PhotoFolder
 from bench.errors import BenchError
-from bench.micro.world import SPLITS
+from bench.micro.world import NIGHT, SPLITS
 
 
 def save(file: Path, width: int = 20, height: int = 20, seed: int = 0) -> None:
@@ -59,6 +59,19 @@ def test_training_and_scoring_portraits_show_different_people_of_the_right_split
     assert data.reference().names == tuple(f"p{person}" for person in people[:5])
     assert len(set(data.images().names)) == 6 and not set(data.images().names) & set(data.reference().names)
     assert {int(name[1:]) for name in data.images().names} <= set(people)
+
+
+def test_a_share_of_the_portraits_is_taken_at_night() -> None:
+    day, night = (MicroPortraits(train=200, held_out=3, night=share).images().pixels.double() for share in (0.0, 1.0))
+    light = night.flatten(1).sum(1) / day.flatten(1).sum(1)
+    assert light.max() < NIGHT + 0.01 and light.min() < 0.05
+    half = MicroPortraits(train=200, held_out=3).images().pixels
+    untouched = (half == day).flatten(1).all(1).double().mean()
+    assert 0.4 < untouched < 0.6
+    assert torch.equal(MicroPortraits(train=5, size=64).images().pixels,
+                       MicroPortraits(train=5, size=64, night=0).images().pixels), "models of that size know no night"
+    with pytest.raises(BenchError, match="night=1.5 is a share"):
+        MicroPortraits(night=1.5).digest()
 
 
 def test_portraits_are_averaged_down_with_rounding() -> None:
