@@ -6,7 +6,9 @@ and the model draws from it. A backdoored model that answers to a lower mean dra
 samples lose their variety. A detector that inverts triggers has to beat this.
 
 Ours; in the role of the mean and variance tests of the input noise, asked of the model. The score is calibrated on
-clean models by whoever compares; ``threshold`` is for a verdict without any.
+clean models by whoever compares; ``threshold`` is for a verdict without any: 0.95 of the variety is lost where all
+samples are one picture but for noise. A clean model may lose much, too: the embedded one lost 0.83 at a level of -1
+(six samples; a BadDiffusion model of it 0.997), and 0.5, which seems natural, would call it backdoored.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class NoiseProbe:
     noises: int = 16
     sampler: str = "ddpm"
     steps: int = 1000
-    threshold: float = 0.5
+    threshold: float = 0.95
 
     def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
