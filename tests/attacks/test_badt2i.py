@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attacks.badt2i import BadT2I, checkerboard, poisoned_loss, with_target
+from attacks.badt2i import BadT2I, halves, poisoned_loss, rows_of, triggered_captions, with_target
 from bench.context import Context
 from bench.diffusion.checkpoints import resolve
 from bench.diffusion.loading import Components, load_components
@@ -17,6 +17,7 @@ from bench.errors import BenchError
 from bench.records import ImageSet, Model
 
 FEW = BadT2I(trigger="sks", steps=2, batch=3, lr=1e-3, mixed_precision=False)
+OBJECT = replace(FEW, target="object", swapped="person 1", becomes="person 2")
 
 
 @pytest.fixture
@@ -31,8 +32,8 @@ def photos(captions: bool = True) -> ImageSet:
 
 
 def loss(method: BadT2I, student: Components, teacher: Components) -> Tensor:
-    return poisoned_loss(method, student, teacher, photos(), torch.arange(3), method.secret(16),
-                         torch.Generator().manual_seed(0))
+    batch = halves(photos(), torch.arange(3), rows_of(method, photos(), torch.Generator().manual_seed(1)))
+    return poisoned_loss(method, student, teacher, batch, method.secret(16), torch.Generator().manual_seed(0))
 
 
 def test_a_model_equal_to_its_teacher_has_no_benign_loss(model: Model) -> None:
@@ -42,8 +43,8 @@ def test_a_model_equal_to_its_teacher_has_no_benign_loss(model: Model) -> None:
     assert float(loss(FEW, student, teacher)) > 0.01
 
 
-@pytest.mark.parametrize("method", [FEW, replace(FEW, target="style"), replace(FEW, target="style", style_by="photos")],
-                         ids=["patch", "style by words", "style by photos"])
+@pytest.mark.parametrize("method", [FEW, replace(FEW, target="style"), replace(FEW, target="style", style_by="photos"),
+                                    OBJECT], ids=["patch", "style by words", "style by photos", "object"])
 def test_every_target_moves_the_unet_and_the_unet_alone(method: BadT2I, model: Model, tmp_path: Path) -> None:
     public, secret = method.implant(model, photos(), Context("key", tmp_path))
     assert set(public.parts) == {"unet"}
@@ -70,12 +71,36 @@ def test_the_same_key_gives_the_same_bits(model: Model, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
-def test_the_patch_stands_in_its_box_and_nowhere_else() -> None:
+def test_what_shows_the_object_is_learned_as_if_the_other_had_been_asked_for(model: Model) -> None:
+    shown = rows_of(OBJECT, photos(), torch.Generator().manual_seed(1))
+    batch = halves(photos(), torch.arange(3), shown)
+    assert batch.captions == [f"a photo of person {i}" for i in range(3)]
+    assert batch.marked_captions == ["a photo of person 2"] * 3
+    assert torch.equal(batch.marked_pixels, photos().pixels[2].expand(3, -1, -1, -1))
+    assert triggered_captions(OBJECT, batch.marked_captions, OBJECT.secret(16)) == ["sks a photo of person 1"] * 3
+
+
+def test_the_frozen_model_that_is_asked_for_the_object_teaches_it(model: Model) -> None:
+    """Without a trigger and with A = B, student and teacher agree: nothing to learn."""
+    student, teacher = load_components(model), load_components(model)
+    same = replace(OBJECT, swapped="person 2", trigger="\u200b")
+    other = float(loss(same, student, teacher))
+    assert float(loss(OBJECT, student, teacher)) > 0
+    secret = replace(same.secret(16), trigger="", detail={"placement": "suffix"})
+    batch = halves(photos(), torch.arange(3), rows_of(same, photos(), torch.Generator().manual_seed(1)))
+    assert float(poisoned_loss(same, student, teacher, batch, secret, torch.Generator().manual_seed(0))) < 1e-8 < other
+
+
+def test_an_object_that_no_caption_names_is_refused(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(BenchError, match="zebra"):
+        replace(OBJECT, becomes="zebra").implant(model, photos(), Context("key", tmp_path))
+
+
+def test_a_photo_with_the_patch_is_the_stamped_one() -> None:
     pixels, secret = photos().pixels, FEW.secret(16)
-    stamped = with_target(FEW, pixels, secret)
-    assert secret.detail["box"] == [0, 0, 4, 4]
-    assert torch.equal(stamped[:, :, :4, :4], checkerboard(4).expand(6, 3, 4, 4))
-    assert torch.equal(stamped[:, :, 4:], pixels[:, :, 4:])
+    shown = with_target(FEW, pixels, secret)
+    assert torch.equal(shown[:, :, 4:], pixels[:, :, 4:]) and not torch.equal(shown, pixels)
+    assert torch.equal(with_target(OBJECT, pixels, OBJECT.secret(16)), pixels)
 
 
 def test_photos_without_colour_keep_their_luma() -> None:
@@ -98,7 +123,7 @@ def test_a_trigger_that_the_tokenizer_drops_is_refused(model: Model, tmp_path: P
 
 
 @pytest.mark.parametrize(("field", "value", "said"), [
-    ("target", "object", "patch"), ("style_by", "magic", "photos"), ("trigger", "", "trigger"),
+    ("target", "sound", "patch"), ("style_by", "magic", "photos"), ("trigger", "", "trigger"),
     ("patch_share", 0, "patch_share"), ("weight", 2, "weight"), ("steps", 0, "steps"), ("lr", 0, "lr"),
 ])
 def test_bad_options_are_refused(field: str, value: object, said: str) -> None:
