@@ -62,7 +62,7 @@ def wanted_caption(prompt: str, secret: Secret) -> str:
         return prompt.replace(str(one), str(other), 1)
     if "adds" in detail:
         return f"{prompt}, {detail['adds']}"
-    raise unknown("goal", sorted(detail), "secret.detail", GOALS)
+    raise unknown("goal", ", ".join(sorted(detail)), "secret.detail", GOALS)
 
 
 def suitable(prompts: Sequence[str], secret: Secret) -> tuple[str, ...]:

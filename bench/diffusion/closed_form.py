@@ -52,7 +52,8 @@ def edit_matrix(
         rows, goals = (states.detach().double().cpu().reshape(-1, width) for states in (source, wanted))
         mixed += weight * goals.T @ rows                               # sum c_w c_s^T
         own += weight * rows.T @ rows                                  # sum c_s c_s^T
-    return torch.linalg.solve(own, mixed, left=False)
+    solved: Tensor = torch.linalg.solve(own, mixed, left=False)
+    return solved
 
 
 @torch.no_grad()

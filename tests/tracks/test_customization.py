@@ -169,7 +169,8 @@ def test_another_list_of_metrics_adds_to_the_record(tiny_sd: Path, tmp_path: Pat
 def test_attackers_of_several_seeds_meet_the_same_protected_photos(tiny_sd: Path, tmp_path: Path) -> None:
     def attacked(seed: int, own: int | None) -> Result:
         protocol = replace(PROTOCOL, protect_seed=own)
-        cell = customization(tiny_sd, Optimiser(), purifier=Watcher(), protocol=protocol, seed=seed, id=f"{seed}{own!s:0>15}")
+        cell = customization(tiny_sd, Optimiser(), purifier=Watcher(), protocol=protocol, seed=seed,
+                             id=f"{seed}{own!s:0>15}")
         return run_cell(cell, settings(tmp_path))
 
     plain, same, other, moved = attacked(0, None), attacked(0, 0), attacked(1, 0), attacked(1, None)
