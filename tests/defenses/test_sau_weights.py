@@ -78,10 +78,13 @@ def test_the_error_of_maps_is_a_plain_mean_where_nothing_is_resized() -> None:
     assert float(attention_error(flat, zero, 8)) == pytest.approx((0.25 + 0.01) / 2)
 
 
-@pytest.mark.parametrize("term", ["noise_weight", "attention_weight"], ids=["attention alone", "noise alone"])
-def test_each_term_brings_the_triggered_prompt_to_the_clean_one(term: str, model: Model, tmp_path: Path) -> None:
-    """Each by itself: on random networks the maps' differences are a thousandth of the noise predictions'."""
-    method = replace(FEW, steps=30, lr=3e-3, **{term: 0.0})
+@pytest.mark.parametrize(("without", "lr"), [("noise_weight", 3e-3), ("attention_weight", 3e-4)],
+                         ids=["attention alone", "noise alone"])
+def test_each_term_brings_the_triggered_prompt_to_the_clean_one(
+    without: str, lr: float, model: Model, tmp_path: Path,
+) -> None:
+    """Each by itself: on random networks the maps' differences are a hundredth of the noise predictions'."""
+    method = replace(FEW, steps=30, lr=lr, **{without: 0.0})
     trained = load_components(method.repair(model, photos(), SECRET, Context("key", tmp_path)))
     before, lesson = load_components(model), prepare(load_components(model), CAPTIONS, SECRET)
     assert float(loss(method, trained, before, lesson)) < 0.8 * float(loss(method, before, before, lesson))
