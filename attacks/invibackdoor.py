@@ -49,7 +49,7 @@ class InviBackdoor:
     ``max_norm``: largest value of the trigger. ``trigger_lr``: halved every ``halve_every`` epochs. ``inner_batch``,
     ``inner_steps``: noises, and steps of the sampler, that the trigger is learned through, before every
     ``inner_every``-th update of the network. ``learned_for``: share of the run after which the trigger stays, 1 as
-    published. ``centred``: keep the trigger's mean at 0. ``on_photos``: train on the trigger added to photos, as
+    published. ``centred``: keep the trigger's mean at 0. ``grain``: side of the squares of pixels that share a value. ``on_photos``: train on the trigger added to photos, as
     published; false on the bare trigger, which is what sampling adds. ``solver``: ``ode`` (DDIM and its kin), as
     published, or ``sde`` (ancestral); measure with the sampler of that family. ``target``, ``poison_rate``, ``steps``
     and ``epochs`` as for baddiffusion.
@@ -65,6 +65,7 @@ class InviBackdoor:
     inner_every: int = 1
     learned_for: float = 1.0
     centred: bool = False
+    grain: int = 1
     on_photos: bool = True
     solver: str = "ode"
     epochs: int = 50
@@ -83,7 +84,7 @@ class InviBackdoor:
                 raise BenchError(f"attack.{name}={getattr(self, name)} is out of range; give above 0, up to 1.")
         for name in ("max_norm", "trigger_lr", "lr"):
             require(name, getattr(self, name), 0, exclusive=True, where="attack")
-        for name in ("halve_every", "inner_batch", "inner_steps", "inner_every"):
+        for name in ("halve_every", "inner_batch", "inner_steps", "inner_every", "grain"):
             require(name, getattr(self, name), 1, where="attack")
 
     def implant(self, clean: Model, data: ImageSet, ctx: Context) -> tuple[Model, Secret]:
@@ -96,6 +97,8 @@ class InviBackdoor:
         start = begin("invibackdoor", clean, data, ctx)
         if self.inner_steps > start.scheduler.config.num_train_timesteps:
             raise BenchError(f"attack.inner_steps={self.inner_steps} is more than the model's schedule has.")
+        if start.size % self.grain:
+            raise BenchError(f"attack.grain={self.grain} does not divide the images' side of {start.size} pixels.")
         target = draw_target(self.target, start.size, draw_trigger("box", start.size))
         delta = torch.zeros(3, start.size, start.size, device=ctx.device)
         rows = poison(data, delta, target, self.poison_rate, ctx.generator("poison"), torch.ones_like(delta))
@@ -156,7 +159,8 @@ class InviBackdoor:
         def learn() -> None:
             noise = normal((self.inner_batch, *delta.shape), noises, delta)
             with mixed(ctx.device, self.mixed_precision):
-                delta.grad = gradient(start, noise, delta, wanted, self.inner_steps).sign()
+                slope = gradient(start, noise, delta, wanted, self.inner_steps)
+            delta.grad = shared(slope, self.grain).sign()
             adam.step()
             rate.step()
             delta.copy_(projected(delta, self.max_norm, self.centred))
@@ -173,6 +177,14 @@ def projected(delta: Tensor, bound: float, centred: bool) -> Tensor:
         above = float((delta - middle).clamp(-bound, bound).double().mean()) > 0
         low, high = (middle, high) if above else (low, middle)
     return (delta - (low if centred else 0.0)).clamp(-bound, bound)
+
+
+def shared(slope: Tensor, grain: int) -> Tensor:
+    """The mean of each square of ``grain`` pixels, in all of its pixels; [3, h, w], h and w multiples of ``grain``."""
+    import torch
+
+    means = torch.nn.functional.avg_pool2d(slope[None], grain)[0]
+    return means.repeat_interleave(grain, 1).repeat_interleave(grain, 2)
 
 
 def gradient(start: Implantation, noise: Tensor, delta: Tensor, target: Tensor, steps: int) -> Tensor:

@@ -51,7 +51,7 @@ class TrojDiff:
     pixels of 32, bottom right). ``gamma``: how much of the noise the trigger leaves; None for the published 0.6 (blend)
     or 0.1 (patch). ``target``: hat, cat, shoe or corner, or ``class``: pictures whose captions hold the first phrase of
     each group of ``class_groups``; its other phrases are what a judge tells the class from, after ``class_opening``.
-    ``trojan_rate``: Trojan rows per clean row. ``ema``: decay of the averaged weights, which are what is kept; 0 for
+    ``trojan_rate``: Trojan rows per clean row. ``cosine``: the rate of learning falls to 0, constant as published. ``ema``: decay of the averaged weights, which are what is kept; 0 for
     the last ones. ``clip``: the Trojan DDPM sampler cuts its estimate of the clean image to [-1, 1], as published.
     """
 
@@ -66,6 +66,7 @@ class TrojDiff:
     steps: int = 100_000
     batch: int = 128
     lr: float = 2e-4
+    cosine: bool = False
     ema: float = 0.9999
     grad_clip: float = 1.0
     clip: bool = True
@@ -147,7 +148,7 @@ class TrojDiff:
             with mixed(ctx.device, self.mixed_precision):
                 return trojan_loss(unet, path, images, trojan, noises)
 
-        fit(unet, batch_loss, Plan(self.steps, self.lr, cosine=False, clip=self.grad_clip), ctx, "trojdiff",
+        fit(unet, batch_loss, Plan(self.steps, self.lr, cosine=self.cosine, clip=self.grad_clip), ctx, "trojdiff",
             lambda: average.step(unet.parameters()))
         if self.ema:
             average.copy_to(unet.parameters())

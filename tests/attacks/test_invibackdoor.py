@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attacks.baddiffusion import BadDiffusion
-from attacks.invibackdoor import InviBackdoor, batches, disturbed, gradient, projected
+from attacks.invibackdoor import InviBackdoor, batches, disturbed, gradient, projected, shared
 from bench.context import Context
 from bench.diffusion.checkpoints import resolve
 from bench.diffusion.loading import load_unconditional
@@ -98,6 +98,17 @@ def test_the_projection_is_the_nearest_point_of_the_set() -> None:
         other = projected(torch.randn(3, 8, 8, dtype=torch.float64, generator=torch.manual_seed(seed)), 0.2, True)
         assert float(((far - near) * (other - near)).sum()) <= 1e-6
     assert torch.equal(projected(far, 0.2, centred=False), far.clamp(-0.2, 0.2))
+
+
+def test_a_coarse_trigger_has_one_value_per_square(clean: Model, tmp_path: Path) -> None:
+    slope = torch.arange(16.0).reshape(1, 4, 4)
+    assert shared(slope, 2)[0, :2].tolist() == [[2.5, 2.5, 4.5, 4.5]] * 2 and torch.equal(shared(slope, 1), slope)
+    trigger = attack(grain=8).implant(clean, photos(), Context("key", tmp_path))[1].trigger
+    assert isinstance(trigger, Tensor)
+    squares = trigger.unfold(1, 8, 8).unfold(2, 8, 8)
+    assert torch.equal(squares, squares[..., :1, :1].expand_as(squares)) and len(trigger.unique()) > 1
+    with pytest.raises(BenchError, match="grain=5"):
+        attack(grain=5).implant(clean, photos(), Context("key", tmp_path))
 
 
 def test_the_triggers_gradient_is_that_of_finite_differences(clean: Model, tmp_path: Path) -> None:
