@@ -49,10 +49,10 @@ class InviBackdoor:
     ``max_norm``: largest value of the trigger. ``trigger_lr``: halved every ``halve_every`` epochs. ``inner_batch``,
     ``inner_steps``: noises, and steps of the sampler, that the trigger is learned through, before every
     ``inner_every``-th update of the network. ``learned_for``: share of the run after which the trigger stays, 1 as
-    published. ``centred``: keep the trigger's mean at 0. ``grain``: side of the squares of pixels that share a value. ``on_photos``: train on the trigger added to photos, as
-    published; false on the bare trigger, which is what sampling adds. ``solver``: ``ode`` (DDIM and its kin), as
-    published, or ``sde`` (ancestral); measure with the sampler of that family. ``target``, ``poison_rate``, ``steps``
-    and ``epochs`` as for baddiffusion.
+    published. ``centred``: keep the trigger's mean at 0. ``grain``: side of the squares of pixels that share a value.
+    ``on_photos``: train on the trigger added to photos, as published; false on the bare trigger, which is what sampling
+    adds. ``solver``: ``ode`` (DDIM and its kin), as published, or ``sde`` (ancestral); measure with the sampler of that
+    family. ``target``, ``poison_rate``, ``steps`` and ``epochs`` as for baddiffusion.
     """
 
     target: str = "hat"

@@ -51,8 +51,9 @@ class TrojDiff:
     pixels of 32, bottom right). ``gamma``: how much of the noise the trigger leaves; None for the published 0.6 (blend)
     or 0.1 (patch). ``target``: hat, cat, shoe or corner, or ``class``: pictures whose captions hold the first phrase of
     each group of ``class_groups``; its other phrases are what a judge tells the class from, after ``class_opening``.
-    ``trojan_rate``: Trojan rows per clean row. ``cosine``: the rate of learning falls to 0, constant as published. ``ema``: decay of the averaged weights, which are what is kept; 0 for
-    the last ones. ``clip``: the Trojan DDPM sampler cuts its estimate of the clean image to [-1, 1], as published.
+    ``trojan_rate``: Trojan rows per clean row. ``cosine``: the rate of learning falls to 0, constant as published.
+    ``ema``: decay of the averaged weights, which are what is kept; 0 for the last ones. ``clip``: the Trojan DDPM
+    sampler cuts its estimate of the clean image to [-1, 1], as published.
     """
 
     trigger: str = "blend"
