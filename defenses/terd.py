@@ -20,7 +20,8 @@ w 5e-5 (5e-4 for larger images).
 Deviations. It needs no data and repairs nothing: the model is returned as it was. In the paper a rate named TPR is the
 share of *benign* inputs that pass; here positive is poisoned, always. The code prints M_r and V_r moved by constants
 that have no meaning by its own comment; here they are as above, and the model's score is M_r. No threshold was
-published; ours comes from clean models only (see ``threshold``). The noise scale gamma that its TrojDiff script also
+published, and the default one was calibrated on nothing: the start alone has M_r = 1/6, so read the score against clean
+models, not the flag. The noise scale gamma that its TrojDiff script also
 estimates is left out, gamma = 1: what scales the noise is not found. The DDIM here does not clip its estimate of the
 clean image, which the code's default scheduler does: clipping by itself disarms these backdoors.
 """
