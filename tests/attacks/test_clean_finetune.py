@@ -85,8 +85,9 @@ def test_its_preset_trains_as_long_as_the_attacks() -> None:
     from omegaconf import OmegaConf
 
     folder = Path(__file__).parents[2] / "conf/attack"
-    control, attack = (dict(OmegaConf.load(folder / f"{name}_micro.yaml"))
-                       for name in ("clean_finetune", "baddiffusion"))
+    control = dict(OmegaConf.load(folder / "clean_finetune_quick.yaml"))
+    base, quick = (dict(OmegaConf.load(folder / f"baddiffusion_{name}.yaml")) for name in ("micro", "quick"))
+    attack = base | quick
     shared = {f.name for f in fields(CleanFinetune)} & control.keys()
     assert shared >= {"steps", "batch", "lr", "warmup"}
     assert {name: control[name] for name in shared} == {name: attack[name] for name in shared}
