@@ -248,6 +248,6 @@ def remarks(detectors: Sequence[Detector]) -> list[str]:
     few = [d for d in detectors if d.calibration < fewest()]
     if few:
         counts = sorted({d.calibration for d in few})
-        said.append(f"{', '.join(d.label for d in few)}: {' or '.join(map(str, counts))} clean models set the "
-                    f"threshold, and {fewest()} are needed to aim at {RATE:.0%}; their largest score was taken.")
+        said.append(f"{', '.join(d.label for d in few)}: clean models that set the threshold: "
+                    f"{' or '.join(map(str, counts))}, and {fewest()} are needed to aim at {RATE:.0%}; their largest score was taken.")
     return said
