@@ -249,5 +249,6 @@ def remarks(detectors: Sequence[Detector]) -> list[str]:
     if few:
         counts = sorted({d.calibration for d in few})
         said.append(f"{', '.join(d.label for d in few)}: clean models that set the threshold: "
-                    f"{' or '.join(map(str, counts))}, and {fewest()} are needed to aim at {RATE:.0%}; their largest score was taken.")
+                    f"{' or '.join(map(str, counts))}, and {fewest()} are needed to aim at {RATE:.0%}; "
+                    "their largest score was taken.")
     return said
