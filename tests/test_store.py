@@ -283,7 +283,7 @@ def test_a_shared_stage_counts_in_the_outer_cost_whoever_built_it(tmp_path: Path
 
     first, second = ask(tmp_path, outer, seed=1), ask(tmp_path, outer, seed=2)
     assert first.value == second.value
-    assert first.cost.seconds > 0.2 and second.cost.seconds > 0.2
+    assert first.cost.seconds >= 0.2 and second.cost.seconds >= 0.2  # kept in whole milliseconds
     assert len(list((tmp_path / "class-images").iterdir())) == 1
 
 
