@@ -239,8 +239,11 @@ def scored(detector: Any, model: Model, parts: list[Any], report: Report | None,
 
     counts = [len(part) for part in parts]
     order = torch.randperm(sum(counts), generator=ctx.generator("order"))
-    inputs = torch.cat(parts)[order] if isinstance(parts[0], torch.Tensor) else \
-        tuple(sum(parts, ())[place] for place in order.tolist())
+    if isinstance(parts[0], torch.Tensor):
+        inputs: Tensor | tuple[str, ...] = torch.cat(parts)[order]
+    else:
+        prompts = [prompt for part in parts for prompt in part]
+        inputs = tuple(prompts[place] for place in order.tolist())
     found = detector.score_inputs(model, inputs, report, ctx)
     if found.shape != order.shape or not found.isfinite().all():
         raise BenchError(f"{facts_of(detector).name}: score_inputs returned {list(found.shape)} scores for "
