@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product, zip_longest
 from pathlib import Path
@@ -145,9 +145,10 @@ class Part:
 class Parts:
     """Cells of a grid from parts: every defense, attack, ... is composed once, not once per cell.
 
-    A part is composed from the words that are about it and those that are about no plugin. Where a plugin's words
-    change anything else, say a preset that sets the seed, or a plugin's option refers to another node, or anything is
-    wrong, the point is composed as a whole.
+    A part is composed from the words that are about it and those that choose options about no plugin (an experiment).
+    Plain values about no plugin, say the seed, are set on the root alone. Where a plugin's words change anything else,
+    say a preset that sets the seed, or a plugin's option refers to another node, or anything is wrong, the point is
+    composed as a whole.
     """
 
     compose: Compose
@@ -165,16 +166,19 @@ class Parts:
         return cell or cell_of(point, self.compose)
 
     def _from_parts(self, point: Sequence[str]) -> Cell | None:
+        groups = {*chosen(self._config(())), "hydra"}
         rest = tuple(word for word in point if part_of(word) not in PARTS)
+        options = tuple(word for word in rest if not is_value(word, groups))
         found = {}
         for name in PARTS:
-            words = tuple(word for word in point if part_of(word) in ("", name))
-            part = self._part(name, rest, words)
+            words = tuple(word for word in point if word in options or part_of(word) == name)
+            part = self._part(name, options, words)
             if part is None:
                 return None
             found[name] = part
         if rest not in self.roots:
-            self.roots[rest] = root_of(self._config(rest))
+            values = [word for word in rest if word not in options]
+            self.roots[rest] = root_of(with_values(self._config(options), values))
         made = {name: found[name].made for name in SINGLE}
         return assemble(self.roots[rest], made, found[METRICS].made, {name: found[name].choice for name in SINGLE},
                         tuple(point), self.resolve)
@@ -197,6 +201,22 @@ def part_of(word: str) -> str:
     """The part that an override is about, "" for none."""
     name = re.split(r"[.@=]", word.lstrip("+~"), maxsplit=1)[0]
     return name if name in PARTS else ""
+
+
+def is_value(word: str, groups: Collection[str]) -> bool:
+    """Whether an override sets an existing node, and neither chooses an option of one of Hydra's ``groups`` nor adds or
+    deletes anything."""
+    return re.match(r"\w+(\.\w+)*=", word) is not None and re.split(r"[.=]", word, maxsplit=1)[0] not in groups
+
+
+def with_values(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
+    """A config without its plugins, with overrides set as Hydra sets them."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in (*PARTS, "hydra")])
+    for word in OverridesParser.create().parse_overrides(list(words)):
+        OmegaConf.update(plain, word.get_key_element(), word.value(), merge=True)
+    return plain
 
 
 def unresolved(cfg: DictConfig, name: str) -> Any:

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from bench.cli import run
 from bench.config import Cell
 from bench.errors import BenchError
+from bench.explain import explained
 from bench.planner import cell_of as whole
 from bench.planner import expand, in_order, resolve_cells
 from bench.results import read_result
@@ -175,12 +176,24 @@ def test_cells_from_parts_are_those_composed_whole_from_fewer_configs(compose: C
         asked.append(tuple(words))
         return compose(words)
 
-    grid = {"defense": ["none", "fake_shield"], "purifier": ["none", "fake_wash"], "seed": [0, 1],
-            "attack.steps": [1, 2, 3], "metrics": "[fake_score]", "metrics.fake_score.n": 9}
+    grid = {"defense": ["none", "fake_shield"], "purifier": ["none", "fake_wash"], "seed": [0, 1], "stamp": '"a, b"',
+            "customization.steps": [4, 8], "attack.steps": [1, 2, 3], "metrics": "[fake_score]",
+            "metrics.fake_score.n": 9}
     points = expand([], [grid])
     cells = resolve_cells(points, counted)
     assert cells == [whole(point, compose) for point in points]
-    assert len(cells) == 24 and len(asked) <= 2 * (1 + 2 + 2 + 3 + 1)
+    assert len(cells) == 48 and len(asked) <= 1 + 2 + 2 + 3 + 1
+    assert {cell.stamp for cell in cells} == {"a, b"} and {cell.protocol.steps for cell in cells} == {4, 8}
+
+
+@pytest.mark.parametrize("word", ["sede=1", "seed=two", "+seed=1", "backdoor.samples=none", "experiment=none_such"])
+def test_a_wrong_word_about_the_root_is_told_as_the_whole_config_tells_it(compose: Compose, word: str) -> None:
+    points = [["defense=fake_shield", word]]
+    with pytest.raises(Exception) as expected:
+        whole(points[0], compose)
+    with pytest.raises(BenchError) as told:
+        resolve_cells(points, compose)
+    assert str(told.value) == str(explained(expected.value))
 
 
 @pytest.mark.parametrize(("sets", "value", "expected"), [
