@@ -17,7 +17,8 @@ SERVED_BY_MODEL = {
 }
 """Needs that the model answers, in words."""
 
-TRACK_NEEDS = {"customization": ("subjects", "text_to_image"), "editing": ("subjects",), "backdoor": ("images",)}
+KINDS_OF_DATA = {"subjects": "photos of subjects", "edits": "photos and edits", "images": "plain images"}
+TRACK_NEEDS = {"customization": ("subjects", "text_to_image"), "editing": ("edits",), "backdoor": ("images",)}
 
 
 def check(cell: Cell) -> str | None:
@@ -72,8 +73,7 @@ def _needs(cell: Cell) -> list[tuple[str, str]]:
 
 def _unmet(asker: str, need: str, cell: Cell) -> str | None:
     if need in SERVED_BY_DATA and not hasattr(cell.data, SERVED_BY_DATA[need]):
-        what = "photos of subjects" if need == "subjects" else "plain images"
-        return f"{asker} needs data with {what}; {facts_of(cell.data).name} has none"
+        return f"{asker} needs data with {KINDS_OF_DATA[SERVED_BY_DATA[need]]}; {facts_of(cell.data).name} has none"
     model, offers = _model_of(asker, cell)
     if need in SERVED_BY_MODEL and need not in offers:
         has = ", ".join(sorted(offers)) or "nothing"

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import bench
-from bench.errors import BenchError, Incompatible, unknown
+from bench.errors import BenchError, unknown
 from bench.identity import digest
 from bench.plugin import REGISTRY, facts_of, identity
-from bench.protocols import BackdoorProtocol, CustomizationProtocol, Protocol
+from bench.protocols import BackdoorProtocol, CustomizationProtocol, EditingProtocol, Protocol
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -29,7 +29,7 @@ ON_ERROR = ("continue", "stop")
 WANDB = ("offline", "online", "disabled")
 SINGLE = ("data", "defense", "purifier", "attack")
 """Kinds of which a cell has exactly one."""
-SERVED_BY_DATA = {"subjects": "subjects", "images": "images", "clean_data": "images"}
+SERVED_BY_DATA = {"subjects": "subjects", "edits": "edits", "images": "images", "clean_data": "images"}
 """Needs that the data answers -> the method of a data plugin that does."""
 PROTECTING = ("customization", "editing")
 """Tracks whose defenses protect photos, and may do so on another model than the attacker's."""
@@ -67,6 +67,7 @@ class Config:
     store: str = "results/.store"
     tracker: Tracker = field(default_factory=Tracker)
     customization: CustomizationProtocol = field(default_factory=CustomizationProtocol)
+    editing: EditingProtocol = field(default_factory=EditingProtocol)
     backdoor: BackdoorProtocol = field(default_factory=BackdoorProtocol)
     data: Any = None
     defense: Any = None
@@ -257,10 +258,8 @@ def cell_id(cell: Cell) -> str:
 
 def protocol_of(root: Config, track: str) -> Protocol:
     """The protocol node of a track."""
-    protocols: dict[str, Protocol] = {"customization": root.customization, "backdoor": root.backdoor}
-    if track not in protocols:
-        raise Incompatible(f"attack: the {track} track is not part of this version; "
-                           f"tracks that run: {', '.join(protocols)}.")
+    protocols: dict[str, Protocol] = {"customization": root.customization, "editing": root.editing,
+                                      "backdoor": root.backdoor}
     return protocols[track]
 
 

@@ -25,9 +25,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from bench.context import Context
+    from bench.protocols import EditingProtocol
     from bench.records import (
         Budget,
         Customised,
+        Edit,
         Evidence,
         ImageSet,
         Measurement,
@@ -108,6 +110,19 @@ class CustomizationAttack(Protocol):
     def customise(self, photos: ImageSet, class_noun: str, model: Model, ctx: Context) -> Customised: ...
 
 
+class Editor(Protocol):
+    """Edits photos as an attacker asks: one photo, one edit and one seed per picture, uint8 [n, 3, h, w] out.
+
+    Picture i depends on photo, edit and seed i alone, so one seed means one start for a protected photo and its
+    original. ``protocol``: sampler, steps and guidance.
+    """
+
+    def edit(
+        self, photos: ImageSet, edits: Sequence[Edit], seeds: Sequence[int], model: Model, protocol: EditingProtocol,
+        ctx: Context,
+    ) -> Tensor: ...
+
+
 class Implant(Protocol):
     """Plants a backdoor into a clean model and returns the public model with the attacker's secret."""
 
@@ -127,8 +142,8 @@ class Metric(Protocol):
 
 
 class Data(Protocol):
-    """Where photos come from. A source serves ``subjects`` (people), ``images`` (plain training and reference
-    images), or both; a track asks for what it needs."""
+    """Where photos come from. A source serves ``subjects`` (people), ``edits`` (photos and what is asked of each, a
+    list of EditTask), ``images`` (plain training and reference images), or several; a track asks for what it needs."""
 
     def digest(self) -> str: ...
 

@@ -67,7 +67,28 @@ class BackdoorProtocol:
         _require_range("backdoor.guidance", self.guidance, 0, 100)
 
 
-Protocol = CustomizationProtocol | BackdoorProtocol
+@dataclass
+class EditingProtocol:
+    """How the attacker's editor is asked. ``seeds``: pictures per photo. ``sampler``, ``steps``, ``guidance``: of the
+    editor, guidance 1 means none; an editor's own options, say its strength, are the attack's. ``told``: whether the
+    defender knows what will be asked. ``judge``: the CLIP model, micro-clip or a folder, that says which caption fits a
+    picture."""
+
+    seeds: int = 2
+    sampler: str = "ddim"
+    steps: int = 50
+    guidance: float = 7.5
+    told: bool = True
+    judge: str = "micro-clip"
+
+    def __post_init__(self) -> None:
+        _require_sampler("editing", self.sampler)
+        _require_range("editing.seeds", self.seeds, 2, 1000)
+        _require_range("editing.steps", self.steps, 1, 1000)
+        _require_range("editing.guidance", self.guidance, 0, 100)
+
+
+Protocol = CustomizationProtocol | EditingProtocol | BackdoorProtocol
 
 
 def _require_prompts(prompts: list[str]) -> None:

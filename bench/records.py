@@ -51,14 +51,42 @@ class ImageSet:
 
 
 @dataclass(frozen=True)
+class Edit:
+    """What is asked of a photo. ``instruction``: an order, for editors that follow orders. ``source`` and ``target``:
+    captions of the photo and of the wanted result, for editors that draw what a caption says. ``others``: captions of
+    the photo in which the attribute has each other value it can have, the photo's own among them: the edit succeeded
+    where a judge takes ``target`` for the best caption of all. ``mask``: bool [h, w], true where an attacker who paints
+    over a region paints; ``answer``: uint8 [3, h, w], the right result in a world that is drawn. None where unknown."""
+
+    instruction: str
+    source: str
+    target: str
+    others: tuple[str, ...]
+    mask: Tensor | None = None
+    answer: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Subject:
-    """One person: ``clean`` (set A, known to the defender), ``published`` (B, protected), ``held_out`` (C, scoring)."""
+    """One person: ``clean`` (set A, known to the defender), ``published`` (B, protected), ``held_out`` (C, scoring).
+
+    ``edits``: what a defender against edits is told will be asked, one per published photo; empty if told nothing.
+    """
 
     name: str
     clean: ImageSet
     published: ImageSet
     held_out: ImageSet
     class_noun: str = "person"
+    edits: tuple[Edit, ...] = ()
+
+
+@dataclass(frozen=True)
+class EditTask:
+    """One photo, the only one that ``subject`` publishes, and what the attacker asks of it."""
+
+    subject: Subject
+    edit: Edit
 
 
 @dataclass(frozen=True)
@@ -251,4 +279,21 @@ class BackdoorEvidence:
     judge: str = "micro-clip"
 
 
-Evidence = CustomizationEvidence | BackdoorEvidence
+@dataclass(frozen=True)
+class EditingEvidence:
+    """What editing metrics see. ``protected``, ``purified``: each task's photo after the defense, and after the
+    purifier, in the order of ``tasks``. ``benign``: the editor's pictures of the original photos; ``edited``: of the
+    purified ones, with the same seeds; ``seeds`` in a row belong to one task, named ``<subject>_<place>``. ``judge``:
+    the CLIP model, by name or folder, that says which caption fits a picture."""
+
+    tasks: tuple[EditTask, ...]
+    protected: ImageSet
+    purified: ImageSet
+    benign: Generations
+    edited: Generations
+    seeds: int
+    budget: Budget | None
+    judge: str = "micro-clip"
+
+
+Evidence = CustomizationEvidence | EditingEvidence | BackdoorEvidence

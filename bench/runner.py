@@ -96,9 +96,9 @@ def resolve_model(cell: Cell) -> Model:
 
 
 def track_of(cell: Cell) -> Any:
-    from bench.tracks import backdoor, customization
+    from bench.tracks import backdoor, customization, editing
 
-    return {"customization": customization.run, "backdoor": backdoor.run}[cell.track]
+    return {"customization": customization.run, "editing": editing.run, "backdoor": backdoor.run}[cell.track]
 
 
 def finish(
