@@ -32,6 +32,22 @@ def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_ip2p(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random InstructPix2Pix pipeline of a few thousand parameters."""
+    from bench.testing.pipelines import save_instruct_pix2pix
+
+    return save_instruct_pix2pix(tmp_path_factory.mktemp("tiny") / "ip2p")
+
+
+@pytest.fixture(scope="session")
+def tiny_inpaint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random inpainting pipeline, with a UNet of nine channels, of a few thousand parameters."""
+    from bench.testing.pipelines import save_inpainting
+
+    return save_inpainting(tmp_path_factory.mktemp("tiny") / "inpaint")
+
+
+@pytest.fixture(scope="session")
 def tiny_ddpm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random DDPMPipeline of a few thousand parameters with a chain of 20 steps."""
     from bench.testing.pipelines import save_ddpm

@@ -40,24 +40,39 @@ def autoencoder(channels: Sequence[int] = (8, 8), groups: int = 4) -> Any:
     )
 
 
-def conditional_unet(side: int = 8, width: int = WIDTH) -> Any:
+def conditional_unet(side: int = 8, width: int = WIDTH, channels: int = 4) -> Any:
+    """``channels``: of its input; what it predicts has four."""
     return diffusers.UNet2DConditionModel(
         sample_size=side, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=width,
+        cross_attention_dim=width, in_channels=channels,
     )
 
 
 def save_stable_diffusion(folder: Path, seed: int = 0, prediction_type: str = "epsilon") -> Path:
     """A StableDiffusionPipeline of a few thousand parameters for 16x16 pixels (latents 8x8)."""
+    return _save_latent(folder, diffusers.StableDiffusionPipeline, 4, seed, prediction_type)
+
+
+def save_instruct_pix2pix(folder: Path, seed: int = 0) -> Path:
+    """As :func:`save_stable_diffusion`, an InstructPix2Pix pipeline: the UNet sees the photo's latents, too."""
+    return _save_latent(folder, diffusers.StableDiffusionInstructPix2PixPipeline, 8, seed)
+
+
+def save_inpainting(folder: Path, seed: int = 0) -> Path:
+    """As :func:`save_stable_diffusion`, an inpainting pipeline: the UNet sees the mask and the masked photo, too."""
+    return _save_latent(folder, diffusers.StableDiffusionInpaintPipeline, 9, seed)
+
+
+def _save_latent(folder: Path, kind: Any, channels: int, seed: int, prediction_type: str = "epsilon") -> Path:
     torch.manual_seed(seed)
     words = tokenizer()
     schedule = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type=prediction_type,
     )
-    pipeline: Any = diffusers.StableDiffusionPipeline(
-        vae=autoencoder(), text_encoder=text_encoder(words), tokenizer=words, unet=conditional_unet(),
+    pipeline: Any = kind(
+        vae=autoencoder(), text_encoder=text_encoder(words), tokenizer=words, unet=conditional_unet(channels=channels),
         scheduler=schedule, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )
     pipeline.save_pretrained(folder)
