@@ -14,6 +14,7 @@ SERVED_BY_MODEL = {
     "text_to_image": "a text-to-image model", "text_encoder": "a model with one text encoder",
     "unconditional": "an unconditional model", "ip_image": "a model with an image-prompt adapter",
     "ip_face": "a model with a face-prompt adapter", "edit": "an editing model",
+    "inpaint": "a model that paints into a region",
 }
 """Needs that the model answers, in words."""
 

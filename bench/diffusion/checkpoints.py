@@ -23,13 +23,15 @@ logger = logging.getLogger(__name__)
 
 MICRO = Path(__file__).parent.parent / "micro" / "weights"
 PIPELINES: dict[str, frozenset[str]] = {
-    "StableDiffusionPipeline": frozenset({"text_to_image", "text_encoder"}),
+    "StableDiffusionPipeline": frozenset({"text_to_image", "text_encoder", "inpaint"}),
     "StableDiffusionXLPipeline": frozenset({"text_to_image"}),
+    "StableDiffusionInpaintPipeline": frozenset({"inpaint", "text_encoder"}),
     "StableDiffusionInstructPix2PixPipeline": frozenset({"edit", "text_encoder"}),
     "DDPMPipeline": frozenset({"unconditional"}),
     "DDIMPipeline": frozenset({"unconditional"}),
 }
-"""Pipeline class -> capabilities. SDXL lacks ``text_encoder``: it has two, and no method here trains a pair."""
+"""Pipeline class -> capabilities. SDXL lacks ``text_encoder``: it has two, and no method here trains a pair. An
+ordinary text-to-image model paints into a region as well (``inpaint``), by blending latents."""
 
 OPTIONAL = frozenset({"safety_checker", "feature_extractor", "image_encoder"})
 """Never loaded from the folder: a benchmark must not blacken samples, and adapters bring their own encoder."""
@@ -78,6 +80,7 @@ PUBLISHED: dict[str, Published] = {
     "ddpm-cifar10": Published(("google/ddpm-cifar10-32",), "Apache-2.0"),
     "ddpm-celebahq": Published(("google/ddpm-ema-celebahq-256", "google/ddpm-celebahq-256"), "Apache-2.0"),
     "ip2p": Published(("timbrooks/instruct-pix2pix",), "MIT"),
+    "sd15-inpaint": Published(("stable-diffusion-v1-5/stable-diffusion-inpainting",), "CreativeML OpenRAIL-M"),
 }
 
 

@@ -24,9 +24,11 @@ def folder(tiny_sd: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny_sd, tmp_path / "sd"))
 
 
-def test_a_folder_says_what_it_can_do(tiny_sd: Path, tiny_ddpm: Path) -> None:
-    assert resolve(str(tiny_sd)).capabilities == {"text_to_image", "text_encoder", "ip_image"}
+def test_a_folder_says_what_it_can_do(tiny_sd: Path, tiny_ddpm: Path, tiny_ip2p: Path, tiny_inpaint: Path) -> None:
+    assert resolve(str(tiny_sd)).capabilities == {"text_to_image", "text_encoder", "inpaint", "ip_image"}
     assert resolve(str(tiny_ddpm)).capabilities == {"unconditional"}
+    assert resolve(str(tiny_ip2p)).capabilities == {"edit", "text_encoder"}
+    assert resolve(str(tiny_inpaint)).capabilities == {"inpaint", "text_encoder"}
 
 
 def test_the_digest_follows_the_weights_and_not_the_place(tiny_sd: Path, folder: Path) -> None:
