@@ -114,7 +114,8 @@ class Editor(Protocol):
     """Edits photos as an attacker asks: one photo, one edit and one seed per picture, uint8 [n, 3, h, w] out.
 
     Picture i depends on photo, edit and seed i alone, so one seed means one start for a protected photo and its
-    original. ``protocol``: sampler, steps and guidance.
+    original. ``protocol``: sampler, steps and guidance. What it cannot do with certain edits or settings it may refuse
+    before anything is protected, in a method ``check(edits, protocol)``.
     """
 
     def edit(

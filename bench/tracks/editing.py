@@ -35,6 +35,8 @@ def run(cell: Cell, model: Model, bench: Workbench) -> Outcome:
     """One cell, from photos to edits. Every stage is stored."""
     tasks: Sequence[EditTask] = cell.data.edits()
     original = photos_of(tasks)
+    if hasattr(cell.attack, "check"):
+        cell.attack.check([task.edit for task in tasks], protocol_of(cell))
     origin = {"data": cell.data.digest(), "seed": cell.seed}
     defense, surrogate = identity(cell.defense), surrogate_of(cell, model)
     protected = bench.stage(
