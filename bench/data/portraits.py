@@ -12,15 +12,24 @@ from bench.records import ImageSet
 if TYPE_CHECKING:
     from numpy import ndarray
 
+    from bench.micro.world import Identity, View
+
 
 def portrait(person: int, view: tuple[int, ...], size: int) -> tuple[ndarray[Any, Any], str]:
     """The picture, uint8 [size, size, 3], and full caption of a person in a numbered view."""
+    from bench.micro import world
+
+    who, seen = posed(person, view)
+    return world.draw(who, seen, size), world.caption(who, seen)
+
+
+def posed(person: int, view: tuple[int, ...]) -> tuple[Identity, View]:
+    """The face of a person, and everything else about their picture in a numbered view."""
     import numpy as np
 
     from bench.micro import world
 
-    who, seen = world.identity(person), world.sample_view(np.random.default_rng((*view, person)))
-    return world.draw(who, seen, size), world.caption(who, seen)
+    return world.identity(person), world.sample_view(np.random.default_rng((*view, person)))
 
 
 def portraits(people: Sequence[int], views: Sequence[tuple[int, ...]], names: Sequence[str], size: int) -> ImageSet:
