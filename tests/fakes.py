@@ -125,9 +125,9 @@ class FakeScore:
 
 
 def resolve(name: str, allow_pickle: bool = False) -> Model:
-    """A model by name: ``text``, ``other`` or ``plain``."""
+    """A model by name: ``text``, ``other``, ``plain`` or ``editor``."""
     capabilities = {"text": {"text_to_image", "text_encoder"}, "plain": {"unconditional"},
-                    "other": {"text_to_image", "text_encoder"}}
+                    "other": {"text_to_image", "text_encoder"}, "editor": {"edit", "text_encoder"}}
     if name not in capabilities:
         raise BenchError(f"model: unknown checkpoint '{name}'.")
     return Model(Path(name), f"digest-of-{name}", frozenset(capabilities[name]))

@@ -12,9 +12,10 @@ import pytest
 
 from bench.config import Cell, Config, build, cell_id, config_folder, root_of, settings
 from bench.errors import BenchError
-from bench.protocols import BackdoorProtocol, CustomizationProtocol
+from bench.protocols import BackdoorProtocol, CustomizationProtocol, EditingProtocol
 from tests.conftest import Compose
 
+EDITING = ("attack=sdedit", "data=micro_edits")
 GOLDEN = "a32b2e6bfb53d963"
 """The id of the fake cell. If it changes, every stored result loses its name: raise SCHEMA_VERSION, then mend this."""
 
@@ -87,6 +88,17 @@ def test_a_cell_holds_plugin_instances_and_the_protocol_of_its_track(compose: Co
     assert cell.protocol == CustomizationProtocol(per_prompt=2)
     other = cell_of(compose, "attack=fake_implant", "model=plain", "data=fake_pictures", "backdoor.samples=9")
     assert other.protocol == BackdoorProtocol(samples=9)
+    edits = cell_of(compose, *EDITING, "editing.seeds=3", "editing.told=false")
+    assert (edits.track, edits.protocol) == ("editing", EditingProtocol(seeds=3, told=False))
+
+
+@pytest.mark.parametrize("word", [
+    "editing.told=false", "editing.seeds=3", "editing.steps=9", "attack.strength=0.4", "data.count=3",
+    "editing.judge=other", "data.start=7",
+])
+def test_what_changes_an_edit_changes_the_id(compose: Compose, word: str) -> None:
+    assert cell_of(compose, *EDITING, word).id != cell_of(compose, *EDITING).id
+    assert cell_of(compose, *EDITING, "customization.steps=9").id == cell_of(compose, *EDITING).id
 
 
 def test_labels_name_the_choice_the_variant_and_what_was_changed_by_hand(compose: Compose) -> None:
@@ -115,6 +127,8 @@ def test_without_a_choice_every_metric_of_the_track_is_measured(compose: Compose
     (["customization.prompts=[]"], r"customization.prompts is empty"),
     (["customization.sampler=euler"], r"unknown sampler 'euler'"),
     (["backdoor.samples=1"], r"backdoor.samples=1 is out of range"),
+    (["editing.seeds=1"], r"editing.seeds=1 is out of range; give 2 to 1000"),
+    (["editing.sampler=euler"], r"editing.sampler: unknown sampler 'euler'"),
     (["seed=-1"], r"seed=-1 is out of range"),
     (["mode=forced"], r"mode: unknown value 'forced'. Did you mean force"),
     (["suite=../x"], r"suite: '../x' must be the plain name"),
