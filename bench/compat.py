@@ -14,9 +14,11 @@ SERVED_BY_MODEL = {
     "text_to_image": "a text-to-image model", "text_encoder": "a model with one text encoder",
     "unconditional": "an unconditional model", "ip_image": "a model with an image-prompt adapter",
     "ip_face": "a model with a face-prompt adapter", "edit": "an editing model",
-    "inpaint": "a model that paints into a region",
+    "inpaint": "a model that paints into a region", "latents": "a latent diffusion model",
 }
 """Needs that the model answers, in words."""
+ANSWERED_BY = {"latents": frozenset({"text_to_image", "edit", "inpaint"})}
+"""Needs that several capabilities answer; any one will do."""
 
 KINDS_OF_DATA = {"subjects": "photos of subjects", "edits": "photos and edits", "images": "plain images"}
 TRACK_NEEDS = {"customization": ("subjects", "text_to_image"), "editing": ("edits",), "backdoor": ("images",)}
@@ -76,7 +78,7 @@ def _unmet(asker: str, need: str, cell: Cell) -> str | None:
     if need in SERVED_BY_DATA and not hasattr(cell.data, SERVED_BY_DATA[need]):
         return f"{asker} needs data with {KINDS_OF_DATA[SERVED_BY_DATA[need]]}; {facts_of(cell.data).name} has none"
     model, offers = _model_of(asker, cell)
-    if need in SERVED_BY_MODEL and need not in offers:
+    if need in SERVED_BY_MODEL and not offers & ANSWERED_BY.get(need, {need}):
         has = ", ".join(sorted(offers)) or "nothing"
         return f"{asker} needs {SERVED_BY_MODEL[need]} ({need}); {model} offers {has}"
     return None

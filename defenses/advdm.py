@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @plugin(
-    "defense", "advdm", track=("customization",), acts_on="images", needs=("text_to_image", "text_encoder"),
+    "defense", "advdm", track=("customization", "editing"), acts_on="images", needs=("text_to_image", "text_encoder"),
     paper="AdvDM, ICML 2023, arXiv:2302.04578", official_code="https://github.com/psyker-team/mist",
 )
 class AdvDm:

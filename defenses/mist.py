@@ -36,7 +36,7 @@ class Mode(Enum):
 
 
 @plugin(
-    "defense", "mist", track=("customization",), acts_on="images", needs=("text_to_image", "text_encoder"),
+    "defense", "mist", track=("customization", "editing"), acts_on="images", needs=("text_to_image", "text_encoder"),
     paper="Mist, arXiv:2305.12683", official_code="https://github.com/psyker-team/mist",
 )
 class Mist:

@@ -25,7 +25,7 @@ ZERO = "zero"
 
 
 @plugin(
-    "defense", "photoguard", track=("customization",), acts_on="images", needs=("text_to_image",),
+    "defense", "photoguard", track=("customization", "editing"), acts_on="images", needs=("latents",),
     paper="PhotoGuard, ICML 2023, arXiv:2302.06588", official_code="https://github.com/MadryLab/photoguard",
 )
 class PhotoGuard:

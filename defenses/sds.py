@@ -35,7 +35,7 @@ class Sign(Enum):
 
 
 @plugin(
-    "defense", "sds", track=("customization",), acts_on="images", needs=("text_to_image", "text_encoder"),
+    "defense", "sds", track=("customization", "editing"), acts_on="images", needs=("text_to_image", "text_encoder"),
     paper="Diff-Protect, ICLR 2024, arXiv:2311.12832", official_code="https://github.com/xavihart/Diff-Protect",
 )
 class Sds:

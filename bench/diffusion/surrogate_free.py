@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Crowd:
     """Photos of some people, one after the other. ``x``: [n, 3, h, w] in [-1, 1]; ``counts``: photos of each person;
-    ``generators``: each person's own."""
+    ``generators``: each person's own; ``subjects``: the people."""
 
     x: Tensor
     counts: tuple[int, ...]
     generators: tuple[torch.Generator, ...]
+    subjects: tuple[Subject, ...] = ()
 
     def uniform(self, shape: Sequence[int], low: float, high: float) -> Tensor:
         """[n, *shape] numbers in [low, high), each person's from their own generator."""
@@ -94,7 +95,8 @@ def _size(subject: Subject) -> tuple[int, ...]:
 def crowd_of(subjects: Sequence[Subject], ctx: Context) -> Crowd:
     """The published photos of ``subjects`` on the device."""
     x = torch.cat([to_float(s.published.pixels) for s in subjects]).to(ctx.device)
-    return Crowd(x, tuple(len(s.published) for s in subjects), tuple(ctx.generator(s.name) for s in subjects))
+    return Crowd(x, tuple(len(s.published) for s in subjects), tuple(ctx.generator(s.name) for s in subjects),
+                 tuple(subjects))
 
 
 @torch.no_grad()
