@@ -294,11 +294,10 @@ def onward(editor: Editor, z: Tensor, clean: Tensor, here: Tensor, later: Tensor
 
 
 def course_times(editor: Editor, course: Course) -> Tensor:
-    """Timesteps of an edit, int64 [steps], from the noisiest down."""
-    total = editor.scheduler.config.num_train_timesteps
-    first = total * (course.strength if editor.kind == "text" else 1.0) - 1
-    times = torch.linspace(first, 0, course.steps + 1)[:-1].round().long()
-    return times.clamp(min=0).to(editor.unet.device)
+    """Timesteps of an edit, int64 [steps], from the noisiest down: "trailing" equal steps (Lin et al., WACV 2024)."""
+    total = editor.scheduler.config.num_train_timesteps * (course.strength if editor.kind == "text" else 1.0)
+    left = torch.arange(course.steps, 0, -1) / course.steps
+    return ((total * left).round().long() - 1).clamp(min=0).to(editor.unet.device)
 
 
 Row = tuple[float, Tensor, Tensor | None]
