@@ -1,9 +1,9 @@
 """Boards as data: who is ahead of whom under one protocol, with intervals, controls and what is missing.
 
 A board compares defenses under one track, model, data, attack, purifier and protocol; where cells differ in purifier
-alone, a further board holds the worst case over purifiers, and where models with and without a backdoor were scored,
-one holds who tells them apart. Everything on them is computed again from the per-sample
-rows; no torch, no weights, no images are needed.
+alone, a further board holds the worst case over purifiers, where photos were attacked on several models one holds the
+worst case over attackers, and where models with and without a backdoor were scored, one holds who tells them apart.
+Everything on them is computed again from the per-sample rows; no torch, no weights, no images are needed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from bench.runs import (
     is_mean,
     points_of,
     primary,
+    question_key,
 )
 from bench.stats import (
     Difference,
@@ -36,7 +37,7 @@ from bench.stats import (
     paired_difference,
     share_of_wins,
 )
-from bench.worst_case import Family, Matrix, families, make_matrix, worst_runs
+from bench.worst_case import ALL_ATTACKS, Family, Matrix, attackers, families, make_matrix, worst_runs
 
 DEFENSE_STAGES = ("protect", "repair")
 """Stages whose cost is the defense's."""
@@ -91,8 +92,8 @@ class Line:
 class Table:
     """One board. The first column is the one that ranks.
 
-    ``family``: shared by boards that differ in purifier alone. ``worst_of``: of a worst-case board, the purifiers, and
-    ``matrix`` shows each of them. ``unpurified``: the board of photos as they were published.
+    ``family``: shared by boards that differ in purifier alone. ``worst_of``: of a worst-case board, the purifiers or
+    attackers, and ``matrix`` shows each of them. ``unpurified``: the board of photos as they were published.
     """
 
     id: str
@@ -149,7 +150,7 @@ class Entry:
 def make_boards(suite: str, runs: Sequence[Run], notes: Iterable[str] = ()) -> Boards:
     """Group cells by what a comparison must share, and make a board of each group."""
     ordered = sorted(runs, key=lambda run: run.result.cell.id)
-    tables = [table for family in grouped(ordered, family_key) for table in family_tables(family)]
+    tables = [table for question in grouped(ordered, question_key) for table in question_tables(question)]
     tables.sort(key=in_order)
     stamps = tuple(sorted({run.result.stamp for run in ordered if run.result.stamp}))
     counts = Counter(run.result.status for run in ordered)
@@ -173,9 +174,20 @@ def grouped(runs: Sequence[Run], key: Callable[[Result], str]) -> list[list[Run]
 
 
 def in_order(table: Table) -> tuple[object, ...]:
-    """Boards of one family together, those of the plainer protocol before others; the worst case first."""
-    return (table.track, table.attack, table.model, table.data, len(table.protocol), canonical_json(table.protocol),
-            table.family, not table.worst_of, not table.unpurified, table.purifier, table.id)
+    """The worst case over attackers first, then boards of one family together, those of the plainer protocol before
+    others; the worst case over purifiers first."""
+    return (table.track, table.attack != ALL_ATTACKS, table.attack, table.model, table.data, len(table.protocol),
+            canonical_json(table.protocol), table.family, not table.worst_of, not table.unpurified, table.purifier,
+            table.id)
+
+
+def question_tables(question: Sequence[Run]) -> list[Table]:
+    """The boards of each attacker, and the worst case over attackers where several models were attacked."""
+    kin = grouped(question, family_key)
+    purified = [found for family in kin for found in families(family)]
+    tables = [table for family in kin for table in family_tables(family)]
+    name = question_key(question[0].result)
+    return [*tables, *(replace(worst_table(found), family=name) for found in attackers(question, purified))]
 
 
 def family_tables(family: Sequence[Run]) -> list[Table]:
@@ -186,7 +198,7 @@ def family_tables(family: Sequence[Run]) -> list[Table]:
 
 
 def worst_table(family: Family) -> Table:
-    """The board of the worst case, with the matrix of what it is the worst of."""
+    """The board of a worst case, with the matrix of what it is the worst of."""
     runs = worst_runs(family)
     table = make_table(runs, family.name, family.title)
     ranked = table.columns[0]
@@ -194,7 +206,7 @@ def worst_table(family: Family) -> Table:
     lines = {keys[line.label]: (line.label, line.scores[ranked.name])
              for line in table.lines if line.status in ("ok", "incomplete")}
     matrix = make_matrix(family, ranked.unit, bool(ranked.higher_is_better), lines)
-    return replace(table, unpurified=False, worst_of=tuple(family.purifiers.values()), matrix=matrix)
+    return replace(table, unpurified=False, worst_of=tuple(family.places.values()), matrix=matrix)
 
 
 def group_tables(group: Sequence[Run]) -> list[Table]:

@@ -183,14 +183,14 @@ def unranked(table: Table) -> Sheet | None:
 
 
 def matrix_sheets(matrix: Matrix, across: int) -> Iterator[Sheet]:
-    """Defenses by purifiers, ``across`` of them to a sheet."""
+    """Defenses by purifiers or attackers, ``across`` of them to a sheet."""
     decimals = places([score.value for row in matrix.rows for score in row.cells])
     arrow = "↑" if matrix.higher_is_better else "↓"
     for start in range(0, len(matrix.columns), across):
         part = slice(start, start + across)
         rows = tuple((matrix_label(row), *(shown_score(score, decimals) for score in row.cells[part]))
                      for row in matrix.rows)
-        yield Sheet(f"{matrix.measurement} {arrow} under each purifier" + (" (continued)" if start else ""),
+        yield Sheet(f"{matrix.measurement} {arrow} under each {matrix.over}" + (" (continued)" if start else ""),
                     ("defense", *matrix.columns[part]), rows)
 
 
@@ -491,10 +491,10 @@ def csv_matrix(table: Table, matrix: Matrix) -> Iterator[list[object]]:
     for row in matrix.rows:
         for column, score in zip(matrix.columns, row.cells, strict=True):
             known = {"board": table.id, "part": "matrix", "track": table.track, "model": table.model,
-                     "data": table.data, "attack": table.attack, "purifier": column, "defense": row.label,
-                     "control": int(row.control), "measurement": matrix.measurement, "unit": matrix.unit,
-                     "better": better, "value": score.value, "low": score.low, "high": score.high, "n": score.n,
-                     "units": score.units, "missing_because": score.reason}
+                     "data": table.data, "attack": table.attack, "purifier": table.purifier, "defense": row.label,
+                     matrix.over: column, "control": int(row.control), "measurement": matrix.measurement,
+                     "unit": matrix.unit, "better": better, "value": score.value, "low": score.low,
+                     "high": score.high, "n": score.n, "units": score.units, "missing_because": score.reason}
             yield [_data(known.get(name)) for name in (*HEAD, *DELTA_HEAD)]
 
 

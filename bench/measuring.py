@@ -7,10 +7,46 @@ cell, can say nothing about other models: there the interval is over its samples
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from bench.records import Measurement, Row
+from bench.errors import BenchError
+from bench.records import CustomizationEvidence, EditingEvidence, Evidence, ImageSet, Measurement, Row
 from bench.stats import Point, mean_interval, wilson
+
+Protected = CustomizationEvidence | EditingEvidence
+"""Evidence of the tracks whose defenses protect photos."""
+
+
+def require_photos(evidence: Evidence, metric: str) -> Protected:
+    """The evidence of a cell that protects photos; raises BenchError in the name of ``metric`` for any other."""
+    if isinstance(evidence, Protected):
+        return evidence
+    raise BenchError(f"{metric}: needs the evidence of a customization or of an editing cell.")
+
+
+def require_edits(evidence: Evidence, metric: str) -> EditingEvidence:
+    """The evidence of an editing cell; raises BenchError in the name of ``metric`` for any other."""
+    if isinstance(evidence, EditingEvidence):
+        return evidence
+    raise BenchError(f"{metric}: needs the evidence of an editing cell.")
+
+
+def photo_pairs(evidence: Protected, stage: Literal["protected", "purified"]) -> list[tuple[str, ImageSet, ImageSet]]:
+    """Every person of a cell with the published photos as they were, and as they are after ``stage``."""
+    if isinstance(evidence, CustomizationEvidence):
+        after = evidence.protected if stage == "protected" else evidence.purified
+        return [(subject.name, subject.published, after[subject.name]) for subject in evidence.subjects]
+    photos = (evidence.protected if stage == "protected" else evidence.purified).pixels
+    people = [task.subject for task in evidence.tasks]
+    return [(person.name, person.published, ImageSet(photos[i:i + 1], person.published.names))
+            for i, person in enumerate(people)]
+
+
+def edit_rows(evidence: EditingEvidence, values: Sequence[float | None], reason: str = "") -> list[Row]:
+    """One row per picture of a cell of edits, from the pictures' values; ``reason``: why those are missing that are."""
+    people = [task.subject.name for task in evidence.tasks for _ in range(evidence.seeds)]
+    return [Row(name, person, value, reason if value is None else "")
+            for name, person, value in zip(evidence.edited.images.names, people, values, strict=True)]
 
 
 def mean_of(

@@ -8,10 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.config import SERVED_BY_DATA
 from bench.identity import digest
 from bench.results import (
     CellRecord,
     MeasurementRecord,
+    ModelRecord,
     PluginRecord,
     Result,
     SampleRow,
@@ -52,6 +54,23 @@ def family_key(result: Result) -> str:
     cell = result.cell
     return digest([cell.track, cell.model.digest or cell.model.name, data_identity(cell), cell.attack.identity(),
                    cell.protocol])
+
+
+def question_key(result: Result) -> str:
+    """The same for all cells that may differ in attack and attacked model, too."""
+    return digest([result.cell.track, data_identity(result.cell), result.cell.protocol])
+
+
+def protected_on(cell: CellRecord) -> ModelRecord | None:
+    """The model that photos were protected on, None for a defense that looks at no model."""
+    if cell.surrogate:
+        return cell.surrogate
+    needs = set(map(str, cell.defense.facts.get("needs") or ())) - set(SERVED_BY_DATA)
+    return cell.model if needs else None
+
+
+def protects_photos(plugin: PluginRecord | None) -> bool:
+    return plugin is not None and plugin.facts.get("acts_on") == "images"
 
 
 def defense_key(cell: CellRecord) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.records import BackdoorEvidence, CustomizationEvidence, Evidence, Measurement
+from bench.records import BackdoorEvidence, CustomizationEvidence, EditingEvidence, Evidence, Measurement
 from bench.stats import FEWEST, LEVEL
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class Sets:
     """Features of the generated and of the real pictures, float64 [n, d] and [m, d], and whom each shows.
 
     ``before``: features of what the clean model drew from the same seeds, [n, d]; None where there is no such model.
-    ``paired``: both sides are pictures of the same people, so they are resampled together.
+    ``paired``: both sides are pictures of the same people, so they are resampled together. ``matched``: even of the
+    same photos from the same seeds, so that a picture and its counterpart are no independent draws.
     """
 
     generated: Array
@@ -42,13 +43,23 @@ class Sets:
     of_real: tuple[str, ...]
     paired: bool
     before: Array | None = None
+    matched: bool = False
+
+    @property
+    def higher_is_better(self) -> bool | None:
+        """A protected photo is meant to make what the attacker draws unlike the person; a repair must leave it alike.
+        Edits far from benign ones may have failed or be ruined."""
+        return None if self.matched else self.paired
 
 
 def sets_of(evidence: Evidence, extract: Extractor, limit: int) -> Sets:
-    """Customization: all generated pictures against all photos of sets A and C. Backdoor: plain samples of the
-    defended model against the reference. At most ``limit`` pictures a side, the first ones."""
+    """Customization: all generated pictures against all photos of sets A and C. Editing: edited pictures against the
+    benign ones. Backdoor: plain samples of the defended model against the reference. At most ``limit`` pictures a side,
+    the first ones."""
     if isinstance(evidence, CustomizationEvidence):
         return _people(evidence, extract, limit)
+    if isinstance(evidence, EditingEvidence):
+        return _edits(evidence, extract, limit)
     return _samples(evidence, extract, limit)
 
 
@@ -61,6 +72,12 @@ def _people(evidence: CustomizationEvidence, extract: Extractor, limit: int) -> 
         _features(list(drawn.values()), extract, limit), _features(list(real.values()), extract, limit),
         _owners(drawn, limit), _owners(real, limit), paired=True,
     )
+
+
+def _edits(evidence: EditingEvidence, extract: Extractor, limit: int) -> Sets:
+    owners = tuple(task.subject.name for task in evidence.tasks for _ in range(evidence.seeds))[:limit]
+    edited, benign = (_features([drawn.images.pixels], extract, limit) for drawn in (evidence.edited, evidence.benign))
+    return Sets(edited, benign, owners, owners, paired=True, matched=True)
 
 
 def _samples(evidence: BackdoorEvidence, extract: Extractor, limit: int) -> Sets:
@@ -111,7 +128,8 @@ def missing(name: str, sets: Sets, unit: str, protocol: dict[str, Any], reason: 
     """The same measurements without a value."""
     names = [name] if sets.before is None else [name, f"{name}_rise"]
     facts = {**protocol, "generated": len(sets.generated), "real": len(sets.real)}
-    return [Measurement(n, None, len(sets.generated), unit, sets.paired, reason=reason, protocol=facts) for n in names]
+    better = sets.higher_is_better
+    return [Measurement(n, None, len(sets.generated), unit, better, reason=reason, protocol=facts) for n in names]
 
 
 def _measurement(
@@ -122,8 +140,7 @@ def _measurement(
     units = len(set(sets.of_generated))
     low, high = spread(value, [distance(w, v) for w, v in weights]) if units >= FEWEST else (None, None)
     low = None if low is None else max(low, floor)
-    # A protected photo is meant to make what the attacker draws unlike the person; a repair must leave it alike.
-    return Measurement(name, value, len(sets.generated), unit, sets.paired, low, high, protocol=facts)
+    return Measurement(name, value, len(sets.generated), unit, sets.higher_is_better, low, high, protocol=facts)
 
 
 def spread(value: float, drawn: Sequence[float]) -> tuple[float | None, float | None]:

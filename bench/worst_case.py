@@ -1,4 +1,6 @@
 """The worst case over purifiers: an attacker who tries them all keeps, for every sample, the one that served best.
+And over attackers: whoever publishes a photo does not know which model it will meet, so where photos were attacked on
+several models there is a worst case over all of them, with a matrix of how far each protection carries.
 
 Of each sample (one subject, prompt, place and seed, hence the same noise under every purifier) the value is taken
 that is worst for the defender; then everything goes on as for any other board. BlurGuard's benchmark reports it as its
@@ -8,29 +10,44 @@ headline. A worst value is worse than a mean even where purifiers do nothing, so
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from bench.identity import digest
 from bench.results import (
     MeasurementRecord,
+    ModelRecord,
     PluginRecord,
     Result,
     SampleRow,
     protocol_hash,
 )
-from bench.runs import Run, defense_key, does_nothing, is_control, is_mean, points_of, primary
+from bench.runs import (
+    Run,
+    defense_key,
+    does_nothing,
+    is_control,
+    is_mean,
+    points_of,
+    primary,
+    protected_on,
+    protects_photos,
+)
 from bench.stats import Difference, Estimate, Point, mean_interval, paired_difference
 
 FEWEST = 2
-"""Purifiers from which there is a worst case."""
+"""Purifiers, or attacked models, from which there is a worst case."""
+WORST = "worst_case"
+ALL_ATTACKS, ALL_MODELS = "all attacks", "all models"
+"""What stands for them on the board of their worst case."""
 
 
 @dataclass(frozen=True)
 class MatrixRow:
-    """One defense under each purifier, in the order of the matrix's columns. ``clean``: photos without protection, the
-    control of each purifier."""
+    """One defense under each purifier or attacker, in the order of the matrix's columns. ``clean``: photos without
+    protection, the control of each."""
 
     label: str
     control: bool
@@ -40,9 +57,10 @@ class MatrixRow:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Defenses by purifiers, scored by the measurement that ranks; the last two columns are mean and worst case.
+    """Defenses by what they met, scored by the measurement that ranks; the last two columns are mean and worst case.
 
-    ``shifts``: by purifier, the paired difference between clean photos purified and clean photos as they are.
+    ``shifts``: by purifier, the paired difference between clean photos purified and clean photos as they are. ``over``:
+    what the columns are, ``purifier`` or ``attack``.
     """
 
     measurement: str
@@ -52,56 +70,109 @@ class Matrix:
     rows: tuple[MatrixRow, ...]
     shifts: Mapping[str, Difference]
     notes: tuple[str, ...] = ()
+    over: str = "purifier"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What the cells of a family differ in besides defense and seed. ``key``, ``label``: of a cell's place on it;
+    ``first``: whether that place leads."""
+
+    name: str
+    key: Callable[[Run], str]
+    label: Callable[[Run], str]
+    first: Callable[[Run], bool]
 
 
 @dataclass(frozen=True)
 class Family:
-    """Cells that differ in purifier, defense and seed, and share the protocol of the measurement ``name``.
+    """Cells that differ along ``axis``, in defense and in seed, and share the protocol of the measurement ``name``.
 
-    ``purifiers``: those that count, by key, the control first.
+    ``places``: those on the axis that count, by key, with their labels.
     """
 
     name: str
     runs: tuple[Run, ...]
-    purifiers: Mapping[str, str]
+    places: Mapping[str, str]
+    axis: Axis
 
     @property
     def title(self) -> str:
-        return f"worst case over {len(self.purifiers)} purifiers: {', '.join(self.purifiers.values())}"
+        return f"worst case over {len(self.places)} {self.axis.name}s: {', '.join(self.places.values())}"
+
+    @property
+    def stand_ins(self) -> dict[str, Any]:
+        """What a cell's record says in place of what the family differs in."""
+        def stands(kind: str, label: str) -> PluginRecord:
+            return PluginRecord(kind=kind, name=WORST, label=label, version=1, parameters={"over": list(self.places)})
+
+        if self.axis.name == PURIFIER.name:
+            return {"purifier": stands("purifier", self.title)}
+        return {"attack": stands("attack", ALL_ATTACKS), "model": ModelRecord(name=ALL_MODELS),
+                "purifier": stands("purifier", self.title)}
 
     @cached_property
     def by_defense(self) -> dict[str, dict[int, dict[str, Run]]]:
-        """Defense, seed, purifier -> cell."""
+        """Defense, seed, place -> cell."""
         found: dict[str, dict[int, dict[str, Run]]] = {}
         for run in self.runs:
             cell = run.result.cell
-            if (key := purifier_key(run)) in self.purifiers and cell.seed in self.seeds:
+            if (key := self.axis.key(run)) in self.places and cell.seed in self.seeds:
                 found.setdefault(defense_key(cell), {}).setdefault(cell.seed, {})[key] = run
         return found
 
     @cached_property
     def seeds(self) -> set[int]:
-        """Those for which a control ran under every purifier, or any defense, or else all."""
+        """Those for which a control ran at every place, or any defense, or else all."""
         whole: dict[bool, set[int]] = {True: set(), False: set()}
         ran: dict[tuple[str, int], set[str]] = {}
         for run in self.runs:
             cell = run.result.cell
             if run.result.status == "ok":
                 under = ran.setdefault((defense_key(cell), cell.seed), set())
-                under.add(purifier_key(run))
-                whole[is_control(cell.defense)] |= {cell.seed} if under >= set(self.purifiers) else set()
+                under.add(self.axis.key(run))
+                whole[is_control(cell.defense)] |= {cell.seed} if under >= set(self.places) else set()
         return whole[True] or whole[False] or {run.result.cell.seed for run in self.runs}
 
 
 def families(runs: Sequence[Run]) -> list[Family]:
-    """Of cells that differ in purifier, defense and seed alone, the sets that have a worst case: one per protocol of
-    the measurement that ranks. Cells without it stand in each."""
+    """Of cells that differ in purifier, defense and seed alone, the sets that have a worst case."""
+    return [family for family in by_protocol(runs, PURIFIER) if len(family.places) >= FEWEST]
+
+
+def attackers(runs: Sequence[Run], purified: Sequence[Family]) -> list[Family]:
+    """Of cells that differ in attack, attacked model, purifier, defense and seed, the sets with a worst case over
+    attackers: on photos as they were published, and on photos under each attacker's worst purifier where there are
+    ``purified`` families. None where one model was attacked, or where defenses do not protect photos: only then does
+    the attacker come after them and choose."""
+    if not any(protects_photos(run.result.cell.defense) for run in runs):
+        return []
+    plain = [run for run in runs if does_nothing(run.result.cell.purifier)]
+    sets = [plain, [run for family in purified for run in worst_runs(family)]]
+    made = [family for part in sets for family in by_protocol([on_its_model(run) for run in part], ATTACKER)]
+    return [family for family in made if len(attacked(family)) >= FEWEST]
+
+
+def attacked(family: Family) -> set[str]:
+    """The models at the places of a family."""
+    return {run.result.cell.model.digest or run.result.cell.model.name for run in family.runs
+            if family.axis.key(run) in family.places}
+
+
+def on_its_model(run: Run) -> Run:
+    """The run with the model that it was protected on said, be it the attacked one or not: where the attacked models
+    differ, protection on one of them is another line than protection on each."""
+    cell = run.result.cell.model_copy(update={"surrogate": protected_on(run.result.cell)})
+    return replace(run, result=run.result.model_copy(update={"cell": cell}))
+
+
+def by_protocol(runs: Sequence[Run], axis: Axis) -> list[Family]:
+    """One family per protocol of the measurement that ranks; cells without it stand in each."""
     name = primary(runs)
     keys = {run.result.cell.id: measure_key(found) for run in runs
             if name and (found := run.result.measurement(name))}
     parts = [[run for run in runs if keys.get(run.result.cell.id, key) == key] for key in sorted(set(keys.values()))]
-    made = [Family(name, tuple(part), counted_purifiers(part, name)) for part in parts]
-    return [family for family in made if len(family.purifiers) >= FEWEST]
+    return [Family(name, tuple(part), counted(part, name, axis), axis) for part in parts]
 
 
 def measure_key(measured: MeasurementRecord) -> str:
@@ -114,47 +185,72 @@ def purifier_key(run: Run) -> str:
     return digest(purifier.identity()) if purifier else ""
 
 
-def counted_purifiers(runs: Sequence[Run], name: str) -> dict[str, str]:
-    """Purifiers with their labels: those that a control met, for others lack a clean-photo control; without controls,
-    all. Only those under which the measurement was made sample by sample."""
+def purifier_label(run: Run) -> str:
+    purifier = run.result.cell.purifier
+    return purifier.label if purifier else "none"
+
+
+def unpurified(run: Run) -> bool:
+    return does_nothing(run.result.cell.purifier)
+
+
+def attacker_key(run: Run) -> str:
+    cell = run.result.cell
+    return digest([cell.attack.identity(), cell.model.digest or cell.model.name, purifier_key(run)])
+
+
+def attacker_label(run: Run) -> str:
+    cell = run.result.cell
+    said = f"{cell.attack.label} on {cell.model.name}"
+    if cell.purifier and cell.purifier.name == WORST:
+        return f"{said}, worst of {len(cell.purifier.parameters['over'])} purifiers"
+    return said
+
+
+PURIFIER = Axis("purifier", purifier_key, purifier_label, unpurified)
+ATTACKER = Axis("attack", attacker_key, attacker_label, lambda run: False)
+
+
+def counted(runs: Sequence[Run], name: str, axis: Axis) -> dict[str, str]:
+    """Places with their labels: those where a control was, for others lack a clean-photo control; without controls,
+    all. Only those where the measurement was made sample by sample."""
     scored = [run for run in runs if (m := run.result.measurement(name)) and is_mean(m, run.rows.get(name, ()))]
     met = [run for run in scored if is_control(run.result.cell.defense)] or scored
-    found = {purifier_key(run): run.result.cell.purifier for run in met}
-    labelled = {key: purifier.label if purifier else "none" for key, purifier in found.items()}
-    order = sorted(found, key=lambda key: (not does_nothing(found[key]), labelled[key], key))
-    return {key: labelled[key] for key in order}
+    found = {axis.key(run): run for run in met}
+    order = sorted(found, key=lambda key: (not axis.first(found[key]), axis.label(found[key]), key))
+    return {key: axis.label(found[key]) for key in order}
 
 
 def worst_runs(family: Family) -> list[Run]:
-    """One run per defense and seed, whose samples are the worst over the purifiers."""
+    """One run per defense and seed, whose samples are the worst over the places."""
     return [worst_run(family, under) for seeds in family.by_defense.values() for under in seeds.values()]
 
 
 def worst_run(family: Family, under: Mapping[str, Run]) -> Run:
-    """The worst of one defense and seed; a run without measurements where a purifier is lacking."""
+    """The worst of one defense and seed; a run without measurements where a place is lacking."""
     first = next(iter(under.values()))
     finished = {key: run for key, run in under.items() if run.result.status == "ok"}
     base = next(iter(finished.values()), first).result
-    cell = base.cell.model_copy(update={"purifier": PluginRecord(
-        kind="purifier", name="worst_case", label=family.title, version=1,
-        parameters={"over": list(family.purifiers)})})
+    cell = base.cell.model_copy(update=family.stand_ins)
     result = base.model_copy(update={"cell": cell, "measurements": []})
     if not finished:
         return Run(result, {})
     if lacks := lacking(family, under):
         return Run(result, {}, lacks)
-    sources = [finished[key] for key in family.purifiers]
+    sources = [finished[key] for key in family.places]
     worst = [made for m in base.measurements if (made := worst_measurement(m, sources, result, family))]
     return Run(result.model_copy(update={"measurements": [m for m, _ in worst]}), {m.name: rows for m, rows in worst})
 
 
 def lacking(family: Family, under: Mapping[str, Run]) -> tuple[str, ...]:
-    """Why there is no worst case: purifiers without a cell, and cells without a value."""
-    absent = [label for key, label in family.purifiers.items() if key not in under]
+    """Why there is no worst case: places without a cell, and cells without a value."""
+    absent = [label for key, label in family.places.items() if key not in under]
     said = [f"no cell under {', '.join(absent)}"] if absent else []
-    for key, label in family.purifiers.items():
+    for key, label in family.places.items():
         result = under[key].result if key in under else None
-        if result and result.error:
+        if key in under and under[key].lacks:
+            said.append(f"{label}: {'; '.join(under[key].lacks)}")
+        elif result and result.error:
             said.append(f"failed under {label}: {result.error.type}")
         elif result and result.status == "n/a":
             said.append(f"n/a under {label}: {result.reason}")
@@ -166,7 +262,7 @@ def lacking(family: Family, under: Mapping[str, Run]) -> tuple[str, ...]:
 def worst_measurement(
     measured: MeasurementRecord, sources: Sequence[Run], result: Result, family: Family,
 ) -> tuple[MeasurementRecord, list[SampleRow]] | None:
-    """One measurement, if it has a better direction and comes sample by sample under every purifier."""
+    """One measurement, if it has a better direction and comes sample by sample at every place."""
     found = [run.result.measurement(measured.name) for run in sources]
     key, higher = measure_key(measured), measured.higher_is_better
     if higher is None or any(m is None or measure_key(m) != key for m in found):
@@ -174,7 +270,7 @@ def worst_measurement(
     tables = [run.rows.get(measured.name, ()) for run in sources]
     if not all(rows and m and (m.value is None or is_mean(m, rows)) for m, rows in zip(found, tables, strict=True)):
         return None
-    rows = worst_rows(dict(zip(family.purifiers.values(), tables, strict=True)), higher)
+    rows = worst_rows(dict(zip(family.places.values(), tables, strict=True)), higher)
     values = [row.value for row in rows if row.value is not None]
     metric = PluginRecord(kind="metric", name=measured.metric, label=measured.metric, version=measured.version,
                           parameters=measured.parameters)
@@ -188,7 +284,7 @@ def worst_measurement(
 
 
 def worst_rows(tables: Mapping[str, Sequence[SampleRow]], higher_is_better: bool) -> list[SampleRow]:
-    """Sample by sample the worst of the values that there are; no value where a purifier's sample is missing."""
+    """Sample by sample the worst of the values that there are; no value where a place's sample is missing."""
     found: dict[tuple[str, str], dict[str, SampleRow]] = {}
     for label, rows in tables.items():
         for row in rows:
@@ -206,12 +302,12 @@ def worst_rows(tables: Mapping[str, Sequence[SampleRow]], higher_is_better: bool
 
 
 def make_matrix(family: Family, unit: str, higher: bool, lines: Mapping[str, tuple[str, Estimate]]) -> Matrix:
-    """``lines``: defense -> its label and its worst case, in the order of the board. Those that met one purifier only
-    are left out: the board of that purifier has them."""
+    """``lines``: defense -> its label and its worst case, in the order of the board. Those that were at one place only
+    are left out: the board of that place has them."""
     rows, shifts = [], {}
     for key, (label, worst) in lines.items():
         defense = next(iter(next(iter(family.by_defense[key].values())).values())).result.cell.defense
-        points = {purifier: under_purifier(family, key, purifier) for purifier in family.purifiers}
+        points = {place: at_place(family, key, place) for place in family.places}
         if sum(map(bool, points.values())) < FEWEST:
             continue
         cells = tuple(mean_interval(found, share=unit == "share") for found in points.values())
@@ -220,18 +316,18 @@ def make_matrix(family: Family, unit: str, higher: bool, lines: Mapping[str, tup
         rows.append(MatrixRow(label, is_control(defense), does_nothing(defense), (*cells, mean, worst)))
         if does_nothing(defense):
             shifts = shifts_of(family, points)
-    return Matrix(family.name, unit, higher, (*family.purifiers.values(), "mean", "worst"), tuple(rows), shifts,
-                  tuple(harms(family.name, shifts, higher)))
+    return Matrix(family.name, unit, higher, (*family.places.values(), "mean", "worst"), tuple(rows), shifts,
+                  tuple(harms(family.name, shifts, higher)), family.axis.name)
 
 
-def under_purifier(family: Family, defense: str, purifier: str) -> list[Point]:
-    """All seeds' samples of a defense under one purifier."""
-    return [point for under in family.by_defense[defense].values() if purifier in under
-            for point in points_of(under[purifier], family.name)]
+def at_place(family: Family, defense: str, place: str) -> list[Point]:
+    """All seeds' samples of a defense at one place."""
+    return [point for under in family.by_defense[defense].values() if place in under
+            for point in points_of(under[place], family.name)]
 
 
 def mean_points(tables: Sequence[Sequence[Point]]) -> list[Point]:
-    """Sample by sample the mean over purifiers, of samples that all have."""
+    """Sample by sample the mean over places, of samples that all have."""
     values: dict[tuple[str, str], list[float]] = {}
     for points in tables:
         for point in points:
@@ -242,12 +338,12 @@ def mean_points(tables: Sequence[Sequence[Point]]) -> list[Point]:
 
 def shifts_of(family: Family, points: Mapping[str, Sequence[Point]]) -> dict[str, Difference]:
     """What each purifier does to clean photos: none where no cell left them as they are."""
-    purifiers = {purifier_key(run): run.result.cell.purifier for run in family.runs}
-    plain = next((key for key in family.purifiers if does_nothing(purifiers[key])), None)
+    leads = {family.axis.key(run): family.axis.first(run) for run in family.runs}
+    plain = next((key for key in family.places if leads[key]), None)
     if plain is None:
         return {}
     return {label: paired_difference(points[key], points[plain])
-            for key, label in family.purifiers.items() if key != plain}
+            for key, label in family.places.items() if key != plain}
 
 
 def harms(name: str, shifts: Mapping[str, Difference], higher: bool) -> list[str]:

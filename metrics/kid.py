@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from bench.plugin import plugin
@@ -19,12 +21,13 @@ if TYPE_CHECKING:
 UNIT = "squared MMD"
 
 
-@plugin("metric", "kid", track=("customization", "backdoor"),
+@plugin("metric", "kid", track=("customization", "editing", "backdoor"),
         paper="Binkowski et al., Demystifying MMD GANs, ICLR 2018")
 class Kid:
     """Unbiased squared MMD of features with the kernel (x.y / d + 1)^3, over all pairs: customization, generated
-    pictures to real photos (sets A and C); backdoor, plain samples to real images, with ``kid_rise`` over the clean
-    model's samples from the same seeds.
+    pictures to real photos (sets A and C); editing, edited pictures to benign edits, over pairs of different photos
+    only, for a picture and its counterpart from the same seed are no independent draws; backdoor, plain samples to real
+    images, with ``kid_rise`` over the clean model's samples from the same seeds.
 
     ``extractor``: micro-clip, inception, or the folder of a CLIPModel. ``limit``: most pictures a side, for memory.
     ``draws``: of the bootstrap.
@@ -44,7 +47,13 @@ class Kid:
         facts = {**extract.facts, "kernel": "(x.y/d + 1)^3"}
         if min(len(sets.generated), len(sets.real)) < 2:
             return missing("kid", sets, UNIT, facts, "each side needs at least 2 pictures")
-        return measure_sets("kid", sets, prepare, UNIT, facts, self.draws, ctx.seed("bootstrap"))
+        if not sets.matched:
+            return measure_sets("kid", sets, prepare, UNIT, facts, self.draws, ctx.seed("bootstrap"))
+        if len(set(sets.of_generated)) < 2:
+            return missing("kid", sets, UNIT, facts, "needs pictures of at least 2 photos")
+        facts = {**facts, "pairs": "of different photos"}
+        made = partial(prepare_matched, sets.of_generated)
+        return measure_sets("kid", sets, made, UNIT, facts, self.draws, ctx.seed("bootstrap"))
 
 
 def prepare(generated: Array, real: Array) -> Distance:
@@ -53,6 +62,23 @@ def prepare(generated: Array, real: Array) -> Distance:
 
     def distance(w: Array, v: Array) -> float:
         return pairs(inner_a, w) + pairs(inner_b, v) - 2 * float(w @ across @ v / (w.sum() * v.sum()))
+
+    return distance
+
+
+def prepare_matched(owners: Sequence[str], generated: Array, real: Array) -> Distance:
+    """As ``prepare``, of two sets [n, d] whose pictures i both come of photo ``owners[i]`` and weigh the same: only
+    pairs of different photos count, within and across. 0 where both sets are the same."""
+    import numpy as np
+
+    names = np.array(owners)
+    apart = (names[:, None] != names[None, :]).astype(np.float64)
+    across = kernel(generated, real)
+    joint = (kernel(generated, generated) + kernel(real, real) - across - across.T) * apart
+
+    def distance(w: Array, _: Array) -> float:
+        total = float(w @ apart @ w)
+        return float(w @ joint @ w) / total if total > 0 else float("nan")
 
     return distance
 

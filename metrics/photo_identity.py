@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
 from bench.plugin import plugin
-from bench.records import CustomizationEvidence, Evidence, ImageSet, Measurement, Row
+from bench.records import Evidence, ImageSet, Measurement, Row
 
 if TYPE_CHECKING:
     from bench.context import Context
     from bench.faces import FaceRecogniser
 
 
-@plugin("metric", "photo_identity", track=("customization",), paper="DLADiff, arXiv:2511.19910 (ISM_pro)")
+@plugin("metric", "photo_identity", track=("customization", "editing"), paper="DLADiff, arXiv:2511.19910 (ISM_pro)")
 class PhotoIdentity:
     """``photo_ism``: cosine between the embeddings of each photo as the attacker uses it (protected, then purified) and
     as it was; 0 where no face is found in it.
@@ -32,18 +32,16 @@ class PhotoIdentity:
 
     def measure(self, evidence: Evidence, ctx: Context) -> list[Measurement]:
         """One measurement per recogniser; means over photos, intervals over subjects."""
-        if not isinstance(evidence, CustomizationEvidence):
-            raise BenchError("photo_identity: needs the evidence of a customization cell.")
+        from bench.faces import recogniser, recogniser_facts
+        from bench.measuring import mean_of, photo_pairs, require_photos
+
+        pairs = photo_pairs(require_photos(evidence, "photo_identity"), "purified")
         if not self.recognisers or len(set(self.recognisers)) < len(self.recognisers):
             raise BenchError(f"photo_identity: recognisers={list(self.recognisers)}: name at least one, none twice.")
-        from bench.faces import recogniser, recogniser_facts
-        from bench.measuring import mean_of
-
         found = []
         for place, name in enumerate(self.recognisers):
             judge = recogniser(name)
-            rows = [row for subject in evidence.subjects
-                    for row in compare(subject.name, subject.published, evidence.purified[subject.name], judge)]
+            rows = [row for person, before, after in pairs for row in compare(person, before, after, judge)]
             title = f"photo_ism@{name}" if place else "photo_ism"
             found.append(mean_of(title, rows, "cosine", False, recogniser_facts(name, judge)))
         return found

@@ -1,6 +1,7 @@
 """FID and KID against closed forms and second implementations."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +9,12 @@ import scipy.linalg
 import torch
 from numpy.typing import NDArray
 
+from bench.context import Context
 from bench.errors import BenchError
 from bench.set_distance import Sets, measure_sets, resample, spread
 from metrics.fid import Fid, frechet, moments, principal_axes
-from metrics.kid import kernel, pairs, prepare
+from metrics.kid import Kid, kernel, pairs, prepare, prepare_matched
+from tests.metrics import edits
 
 Array = NDArray[np.float64]
 RNG = np.random.default_rng
@@ -168,3 +171,39 @@ def test_fid_is_refused_below_the_dimension_and_says_what_is_needed() -> None:
 def test_more_components_than_features_are_refused() -> None:
     with pytest.raises(BenchError, match="components=9"):
         Fid(components=9)._too_few(sets(normal(50, 8, 0), normal(50, 8, 1)))
+
+
+def test_kid_of_matched_pictures_is_the_sum_over_pairs_of_different_photos() -> None:
+    x, y, owners = normal(6, 3, 0), normal(6, 3, 1, 0.4), ("a", "a", "b", "b", "c", "c")
+
+    def k(a: Array, b: Array) -> float:
+        return float((a @ b / 3 + 1) ** 3)
+
+    apart = [(i, j) for i in range(6) for j in range(6) if owners[i] != owners[j]]
+    expected = sum(k(x[i], x[j]) + k(y[i], y[j]) - 2 * k(x[i], y[j]) for i, j in apart) / len(apart)
+    distance = prepare_matched(owners, x, y)
+    assert distance(np.ones(6), np.ones(6)) == pytest.approx(expected)
+    twice = np.array([2.0, 2.0, 1.0, 1.0, 0.0, 0.0])
+    kept = [(i, j) for i, j in apart if max(i, j) < 4]
+    fewer = sum(k(x[i], x[j]) + k(y[i], y[j]) - 2 * k(x[i], y[j]) for i, j in kept) / len(kept)
+    assert distance(twice, twice) == pytest.approx(fewer)
+    assert np.isnan(distance(np.array([3.0, 3, 0, 0, 0, 0]), np.array([3.0, 3, 0, 0, 0, 0])))
+
+
+def test_kid_of_edits_is_0_where_none_moved_and_grows_with_ruin(tmp_path: Path) -> None:
+    tasks = edits.drawn(8)
+    benign = edits.answers(tasks)
+    found = []
+    for levels in (0, 10, 40):
+        shown = edits.evidence(tasks, edits.noisy(benign, levels), benign)
+        found += Kid(draws=20).measure(shown, Context("key", tmp_path))
+    assert found[0].value == pytest.approx(0, abs=1e-12)
+    assert found[0].value < found[1].value < found[2].value
+    assert {m.higher_is_better for m in found} == {None} and found[2].low is not None
+    assert found[0].protocol["pairs"] == "of different photos" and found[0].n == 16
+
+
+def test_kid_of_edits_of_one_photo_has_a_reason(tmp_path: Path) -> None:
+    tasks = edits.drawn(1)
+    (found,) = Kid().measure(edits.evidence(tasks, edits.answers(tasks)), Context("key", tmp_path))
+    assert found.value is None and "at least 2 photos" in found.reason

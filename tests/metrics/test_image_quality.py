@@ -10,8 +10,10 @@ from scipy.ndimage import gaussian_filter
 from torch import Tensor
 
 from bench.context import Context
+from bench.picture_distance import peak_ratio, similarity
 from bench.records import Budget, CustomizationEvidence, ImageSet, Measurement, Subject
-from metrics.image_quality import ImageQuality, peak_ratio, similarity
+from metrics.image_quality import ImageQuality
+from tests.metrics.edits import evidence, task
 
 
 def photos(count: int = 3, size: int = 32, seed: int = 0) -> Tensor:
@@ -84,3 +86,19 @@ def test_ssim_agrees_with_a_second_implementation() -> None:
 def test_photos_smaller_than_the_window_have_a_reason(tmp_path: Path) -> None:
     found = measure(photos(size=8), photos(size=8) + 1, 8, tmp_path)
     assert found["ssim"].value is None and "11 pixels" in found["ssim"].reason and found["linf"].value == 1
+
+
+def test_on_the_editing_track_every_task_is_a_photo(tmp_path: Path) -> None:
+    before = photos(3)
+    tasks = [task(f"s{i}", photo) for i, photo in enumerate(before)]
+    after = before.clone()
+    after[1] += 4
+    shown = evidence(tasks, before.repeat_interleave(2, 0), protected=after, eps=4)
+    found = {m.name: m for m in ImageQuality().measure(shown, Context("key", tmp_path))}
+    assert found["linf"].value == 4
+    assert [(row.sample, row.cluster, row.value) for row in found["linf"].rows] == [
+        ("s0/b0", "s0", 0), ("s1/b0", "s1", 4), ("s2/b0", "s2", 0)]
+    assert [row.value is None for row in found["psnr"].rows] == [True, False, True]
+    after[2] += 5
+    invalid = evidence(tasks, before.repeat_interleave(2, 0), protected=after, eps=4)
+    assert all(m.reason.startswith("invalid") for m in ImageQuality().measure(invalid, Context("key", tmp_path)))

@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import picture_distance
 from bench.context import Context
 from bench.data.micro_subjects import MicroSubjects
 from bench.errors import BenchError
 from bench.features import clip
+from bench.picture_distance import feature_distance
 from bench.records import CustomizationEvidence, ImageSet, Measurement, Subject
-from metrics import perceptual
-from metrics.perceptual import Perceptual, feature_distance
+from metrics.perceptual import Perceptual
+from tests.metrics.edits import drawn, evidence, originals
 
 
 def people(count: int = 2) -> list[Subject]:
@@ -102,7 +104,18 @@ def test_lpips_on_a_backbone_without_training(tmp_path: Path, monkeypatch: pytes
     place.mkdir(parents=True)
     torch.save(models.alexnet().state_dict(), place / models.AlexNet_Weights.IMAGENET1K_V1.url.rpartition("/")[2])
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    perceptual._lpips.cache_clear()
+    picture_distance._lpips.cache_clear()
     values = [measure(levels, tmp_path, Perceptual(network="alex")).value for levels in (0, 4, 16, 32)]
-    perceptual._lpips.cache_clear()
+    picture_distance._lpips.cache_clear()
     assert values[0] == 0 and all(a is not None and b is not None and a < b for a, b in pairwise(values))
+
+
+def test_on_the_editing_track_photos_are_those_of_the_tasks(tmp_path: Path) -> None:
+    tasks = drawn(3)
+    photos = originals(tasks, seeds=1)
+    changed = photos.clone()
+    changed[1] = noisy(photos[1:2], 8)[0]
+    (found,) = Perceptual().measure(evidence(tasks, originals(tasks), protected=changed), Context("key", tmp_path))
+    values = [row.value for row in found.rows]
+    assert values[0] == values[2] == 0 and values[1] is not None and values[1] > 0
+    assert [row.cluster for row in found.rows] == [one.subject.name for one in tasks]

@@ -13,6 +13,7 @@ from bench.data.micro_subjects import MicroSubjects
 from bench.errors import BenchError
 from bench.records import CustomizationEvidence, ImageSet, Measurement
 from metrics.photo_identity import PhotoIdentity
+from tests.metrics.edits import drawn, evidence, originals
 
 SUBJECT = MicroSubjects(count=1, start=40).subjects()[0]
 
@@ -48,3 +49,13 @@ def test_a_recogniser_named_twice_is_refused() -> None:
     with pytest.raises(BenchError, match="none twice"):
         PhotoIdentity(["micro-face-1", "micro-face-1"]).measure(
             CustomizationEvidence((), {}, {}, {}, None), Context("key", Path(".")))
+
+
+def test_on_the_editing_track_photos_are_those_of_the_tasks() -> None:
+    tasks = drawn(3)
+    photos = torch.cat([one.subject.published.pixels for one in tasks])
+    photos[1] = 128
+    shown = evidence(tasks, originals(tasks), protected=photos)
+    rows = PhotoIdentity().measure(shown, Context("key", Path(".")))[0].rows
+    assert [row.value for row in rows] == pytest.approx([1, 0, 1])
+    assert [row.cluster for row in rows] == [one.subject.name for one in tasks]

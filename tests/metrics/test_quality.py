@@ -9,8 +9,17 @@ from torch import Tensor
 from bench.context import Context
 from bench.data.micro_subjects import MicroSubjects
 from bench.errors import BenchError
-from bench.records import BackdoorEvidence, CustomizationEvidence, Generations, ImageSet, Measurement, Subject
+from bench.records import (
+    BackdoorEvidence,
+    CustomizationEvidence,
+    EditTask,
+    Generations,
+    ImageSet,
+    Measurement,
+    Subject,
+)
 from metrics.quality import NoReferenceQuality, variation
+from tests.metrics import edits
 
 PEOPLE = tuple(MicroSubjects(count=4).subjects())
 
@@ -102,3 +111,32 @@ def test_only_customization_and_only_patches_that_fit(backdoor: object, tmp_path
         NoReferenceQuality().measure(shown, Context("key", tmp_path))
     with pytest.raises(BenchError, match="patch=30"):
         measure(photos(), tmp_path, metric=NoReferenceQuality(patch=30))
+
+
+def of_edits(edited: Tensor, benign: Tensor, tasks: list[EditTask], folder: Path) -> dict[str, Measurement]:
+    shown = edits.evidence(tasks, edited, benign)
+    return {m.name: m for m in NoReferenceQuality().measure(shown, Context("key", folder))}
+
+
+def test_edits_are_compared_with_benign_ones_of_the_same_seed(tmp_path: Path) -> None:
+    tasks = edits.drawn(8)
+    benign = edits.answers(tasks)
+    same, ruined = (of_edits(edits.noisy(benign, levels), benign, tasks, tmp_path) for levels in (0, 24))
+    assert list(same) == ["niqe", "niqe_rise", "niqe_photos", "total_variation"]
+    assert same["niqe_rise"].value == 0 and same["total_variation"].value == 1
+    assert {row.value for row in same["total_variation"].rows} == {1.0}
+    rises = [one.value - other.value for one, other in zip(ruined["niqe"].rows, same["niqe"].rows, strict=True)]
+    assert [row.value for row in ruined["niqe_rise"].rows] == pytest.approx(rises)
+    assert ruined["niqe_rise"].value > same["niqe"].value and ruined["total_variation"].value > 2
+    assert all(m.higher_is_better is None and m.low is not None for m in ruined.values())
+    assert ruined["niqe"].protocol["clean"] == "sets A and C of all subjects"
+
+
+def test_without_other_photos_nature_is_that_of_the_photos_themselves(tmp_path: Path) -> None:
+    photos = edits.originals(edits.drawn(8), seeds=1)
+    tasks = [edits.task(f"s{i}", photo) for i, photo in enumerate(photos)]
+    found = of_edits(photos.repeat_interleave(2, 0), photos.repeat_interleave(2, 0), tasks, tmp_path)
+    assert found["niqe"].protocol["clean"] == "the photos before protection"
+    assert found["niqe"].value == pytest.approx(found["niqe_photos"].value)
+    flat = torch.full_like(photos, 90).repeat_interleave(2, 0)
+    assert of_edits(flat, flat, tasks, tmp_path)["total_variation"].reason == "the benign edit is flat"
