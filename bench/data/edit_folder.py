@@ -141,7 +141,7 @@ def _of_csv(text: str, table: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             others = [caption for caption in (row.pop("others", "") or "").split(BETWEEN) if caption.strip()]
             yield rows.line_num, {**{k: v for k, v in row.items() if v}, **({"others": others} if others else {})}
     except csv.Error as error:
-        raise BenchError(f"{table}, line {rows.line_num}: not valid CSV ({error}).") from error
+        raise BenchError(f"{table}, line {rows.reader.line_num}: not valid CSV ({error}).") from error
 
 
 def _line(root: Path, where: str, entry: Mapping[str, Any]) -> Line:
