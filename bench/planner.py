@@ -160,28 +160,30 @@ class Parts:
     def cell(self, point: Sequence[str]) -> Cell:
         """The cell of one list of overrides, the same that ``cell_of`` gives."""
         try:
-            cell = self._from_parts(point)
+            found = self._found(point)
         except Exception:  # whatever it is, the whole config says it better
-            cell = None
-        return cell or cell_of(point, self.compose)
+            found = None
+        if found is None:
+            return cell_of(point, self.compose)
+        root, parts = found
+        made = {name: parts[name].made for name in SINGLE}
+        return assemble(root, made, parts[METRICS].made, {name: parts[name].choice for name in SINGLE}, tuple(point),
+                        self.resolve)
 
-    def _from_parts(self, point: Sequence[str]) -> Cell | None:
+    def _found(self, point: Sequence[str]) -> tuple[Config, dict[str, Part]] | None:
         groups = {*chosen(self._config(())), "hydra"}
         rest = tuple(word for word in point if part_of(word) not in PARTS)
         options = tuple(word for word in rest if not is_value(word, groups))
-        found = {}
+        parts = {}
         for name in PARTS:
-            words = tuple(word for word in point if word in options or part_of(word) == name)
-            part = self._part(name, options, words)
+            part = self._part(name, options, tuple(word for word in point if word in options or part_of(word) == name))
             if part is None:
                 return None
-            found[name] = part
+            parts[name] = part
         if rest not in self.roots:
             values = [word for word in rest if word not in options]
             self.roots[rest] = root_of(with_values(self._config(options), values))
-        made = {name: found[name].made for name in SINGLE}
-        return assemble(self.roots[rest], made, found[METRICS].made, {name: found[name].choice for name in SINGLE},
-                        tuple(point), self.resolve)
+        return self.roots[rest], parts
 
     def _part(self, name: str, rest: tuple[str, ...], words: tuple[str, ...]) -> Part | None:
         if (name, words) not in self.parts:

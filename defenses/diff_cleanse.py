@@ -28,7 +28,7 @@ first target image takes no gradient; 5000 synthetic images (a tenth of CIFAR10)
 
 Deviations: the released script multiplies the gradient by a dense element-wise Jacobian of the pattern, which is a
 constant sign and left out. Its pruning defaults to the *true* trigger, so published removal numbers may be optimistic:
-here the inverted one is the default, ``trigger=true`` is the declared ablation. All importances are taken before any
+here the inverted one is the default, ``trigger=known`` is the declared ablation. All importances are taken before any
 channel goes. Detection and repair are separate scripts there; here a model found clean is returned as it is, as the
 abstract has it (detect, then remove), and ``always=true`` repairs it anyway.
 """
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from bench.diffusion.pruning import Pruned
 
 logger = logging.getLogger(__name__)
-TRIGGERS, IMPORTANCES, SAMPLERS = ("inverted", "true"), ("sum", "diff"), ("unipc", "ddim", "ddpm")
+TRIGGERS, IMPORTANCES, SAMPLERS = ("inverted", "known"), ("sum", "diff"), ("unipc", "ddim", "ddpm")
 ENTROPY_BAND, PATTERN_BAND, MARGIN = (0.8, 6.0), (1.0, 3.0), 0.1
 ENTROPY_WEIGHT, ENTROPY_WEIGHT_ALONE = 10.0, 20.0
 DARK, BRIGHT = 0.05, 0.95
@@ -66,7 +66,7 @@ DARK, BRIGHT = 0.05, 0.95
 class DiffCleanse:
     """Inverts a trigger, says whether the model is backdoored, prunes the channels that serve it, and repairs the rest.
 
-    ``trigger``: ``inverted``, or ``true`` for the attacker's own (an ablation: the board says that it knows).
+    ``trigger``: ``inverted``, or ``known`` for the attacker's own (an ablation: the board says that it knows).
     ``always``: prune and repair a model that was found clean, too. ``noises``: B. ``sampler``: unipc, ddim or ddpm, in
     ``sampling_steps`` steps. ``similarity``: cosine above which samples are alike. ``pattern_entropy``: weight of a
     hinge that keeps the pattern's entropy in [1, 3]. ``cluster_share``: the verdict's threshold. ``importance``: sum
@@ -119,7 +119,7 @@ class DiffCleanse:
         check_repair(self)
         needs = ("unconditional", *(("clean_data",) if self.repair_data == "real" else ()))
         # What it is told depends on the option; the runner and the board read it from the instance.
-        knows = ("trigger",) if self.trigger == "true" else ()
+        knows = ("trigger",) if self.trigger == "known" else ()
         self.__plugin__ = replace(facts_of(type(self)), needs=needs, knows=knows)
 
     def repair(self, suspicious: Model, data: ImageSet, secret: Secret | None, ctx: Context) -> Model:
@@ -144,9 +144,9 @@ class DiffCleanse:
         self, unet: Any, scheduler: Any, secret: Secret | None, ctx: Context,
     ) -> tuple[Verdict | None, Tensor, dict[str, float]]:
         """The verdict (none with the true trigger), the pattern [3, h, w] to add to noise, and facts of the search."""
-        if self.trigger == "true":
+        if self.trigger == "known":
             if secret is None or isinstance(secret.trigger, str):
-                raise BenchError("diff_cleanse: trigger=true needs the attacker's trigger image, and none was given.")
+                raise BenchError("diff_cleanse: trigger=known needs the attacker's trigger image, and none was given.")
             return None, secret.trigger.to(ctx.device), {}
         from bench.diffusion.losses import normal
 

@@ -299,11 +299,11 @@ def test_a_model_found_clean_is_returned_as_it_is_unless_told_otherwise(suspicio
 
 
 def test_the_true_trigger_is_a_declared_ablation(suspicious: Model, tmp_path: Path) -> None:
-    told = DiffCleanse(trigger="true", **QUICK)  # type: ignore[arg-type]
+    told = DiffCleanse(trigger="known", **QUICK)  # type: ignore[arg-type]
     assert facts_of(told).knows == ("trigger",) and facts_of(DiffCleanse()).knows == ()
-    with pytest.raises(BenchError, match="trigger=true needs"):
+    with pytest.raises(BenchError, match="trigger=known needs"):
         repaired(told, suspicious, tmp_path / "a")
-    with pytest.raises(BenchError, match="trigger=true needs"):
+    with pytest.raises(BenchError, match="trigger=known needs"):
         repaired(told, suspicious, tmp_path / "b", replace(secret(), trigger="word"))
     model = repaired(told, suspicious, tmp_path / "c", secret())
     report = read_report(tmp_path / "c")
