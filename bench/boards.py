@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from bench.detection import DetectionBoard, make_detection, population_key, scores_models
 from bench.identity import canonical_json, digest
-from bench.results import MeasurementRecord, Result
+from bench.results import MeasurementRecord, Result, SampleRow
 from bench.runs import (
     Run,
     defense_key,
@@ -225,8 +225,8 @@ def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
     entries = find_entries(runs, columns)
     controls = [entry for entry in entries if entry.control and entry.finished]
     controls.sort(key=lambda e: (len(e.cells[0].result.cell.defense.parameters), e.label))
-    wanted = expected(entries, columns)
-    lines = [make_line(entry, columns, controls, wanted) for entry in entries]
+    wanted, lost = expected(entries, columns), hopeless(entries, columns)
+    lines = [make_line(entry, columns, controls, wanted, lost) for entry in entries]
     lines = rank([corrected(line, marks(lines)) for line in lines], entries, columns)
     names = tuple(dict.fromkeys(entry.cells[0].result.cell.defense.name for entry in controls))
     return Table(
@@ -314,12 +314,35 @@ def covered(entry: Entry, column: Column) -> set[tuple[int, str]]:
     return {(run.result.cell.seed, point.unit) for run in entry.finished for point in find_points([run], column)}
 
 
-def make_line(entry: Entry, columns: Sequence[Column], controls: Sequence[Entry], wanted: set[tuple[int, str]],
-              ) -> Line:
+def hopeless(entries: Sequence[Entry], columns: Sequence[Column]) -> set[tuple[int, str]]:
+    """The (seed, sample) pairs for which controls have no value in the ranking column, nor has any other line: a photo
+    without a face, say. They are nobody's gap."""
+    if not columns:
+        return set()
+    missing_in_controls, found = set(), set()
+    for entry in entries:
+        for seed, row in ranking_rows(entry, columns[0]):
+            if row.value is not None:
+                found.add((seed, row.sample))
+            elif entry.control:
+                missing_in_controls.add((seed, row.sample))
+    return missing_in_controls - found
+
+
+def ranking_rows(entry: Entry, column: Column) -> list[tuple[int, SampleRow]]:
+    """The rows of a column over all seeds, with their seeds."""
+    return [(run.result.cell.seed, row) for run in entry.finished if (m := measured(run, column))
+            for row in run.rows.get(m.name, ())]
+
+
+def make_line(
+    entry: Entry, columns: Sequence[Column], controls: Sequence[Entry], wanted: set[tuple[int, str]],
+    lost: set[tuple[int, str]],
+) -> Line:
     defense = entry.cells[0].result.cell.defense
     scores = {column.name: estimate(entry, column) for column in columns}
     deltas = {column.name: tuple(differences(entry, column, controls)) for column in columns}
-    status, reason = standing(entry, columns, wanted)
+    status, reason = standing(entry, columns, wanted, lost)
     knows = defense.facts.get("knows") or ()
     return Line(entry.label, defense.name, status, entry.control, tuple(map(str, knows)), entry.eps,
                 tuple(run.result.cell.seed for run in entry.finished), scores, deltas, cost(entry), reason=reason,
@@ -376,7 +399,9 @@ def corrected(line: Line, found: Mapping[tuple[str, str, str], str]) -> Line:
     return Line(**{**vars(line), "deltas": deltas})
 
 
-def standing(entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str]]) -> tuple[str, str]:
+def standing(
+    entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str]], lost: set[tuple[int, str]],
+) -> tuple[str, str]:
     """``ok``, ``incomplete``, ``n/a`` or ``failed``, and why."""
     broken = [run.result for run in entry.cells if run.result.status == "failed"]
     barred = sorted({run.result.reason for run in entry.cells if run.result.status == "n/a"})
@@ -384,7 +409,7 @@ def standing(entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str
     if not entry.finished:
         return ("failed" if broken else "n/a"), "; ".join([*said, *barred])
     lacks = list(dict.fromkeys(lack for run in entry.finished for lack in run.lacks))
-    lacking = [*said, *barred, *(lacks or gaps(entry, columns, wanted))]
+    lacking = [*said, *barred, *(lacks or gaps(entry, columns, wanted, lost))]
     return ("incomplete", "; ".join(lacking)) if lacking else ("ok", "")
 
 
@@ -392,13 +417,15 @@ def first_line(message: str) -> str:
     return (message.strip().splitlines() or [""])[0][:200]
 
 
-def gaps(entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str]]) -> list[str]:
-    """What the ranking column of an entry lacks."""
+def gaps(
+    entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str]], lost: set[tuple[int, str]],
+) -> list[str]:
+    """What the ranking column of an entry lacks; ``lost`` samples only where it has nothing else either."""
     if not columns:
         return ["nothing was measured"]
     have = covered(entry, columns[0])
-    rows = [row for run in entry.finished if (m := measured(run, columns[0])) for row in run.rows.get(m.name, ())]
-    empty = sum(row.value is None for row in rows)
+    rows = ranking_rows(entry, columns[0])
+    empty = sum(row.value is None and not (have and (seed, row.sample) in lost) for seed, row in rows)
     seeds = sorted({seed for seed, _ in wanted} - {seed for seed, _ in have})
     units = wanted - have - {pair for pair in wanted if pair[0] in seeds}
     found = [f"seed {', '.join(map(str, seeds))} missing"] if seeds else []

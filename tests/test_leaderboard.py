@@ -164,6 +164,21 @@ def test_incomplete_lines_are_listed_but_not_ranked(suite: Path) -> None:
     }
 
 
+def test_a_sample_that_nobody_can_have_is_nobodys_gap(suite: Path) -> None:
+    """A photo without a face scores nobody, so it must not keep everybody from a rank."""
+    faceless = [Row("blank", f"s{s}", None, "no face in the photo") for s in (0, 1)]
+    for seed in (0, 1):
+        for defense, mean in ((NONE, 0.5), (NOISE, 0.5), (SHIELD, 0.3)):
+            rows = [*ism(mean, f"{defense.name}{seed}").rows, *faceless]
+            add(suite, cell(defense, seed), mean_of("ism", rows, False))
+    assert [(x.label, x.rank) for x in board(suite).lines] == [("shield", 1), ("noise", 2), ("none", 2)]
+    lost = record("defense", "lost")
+    for seed in (0, 1):
+        nothing = Measurement("ism", None, 2, "", False, reason="no face in the photo", rows=tuple(faceless))
+        add(suite, cell(lost, seed), nothing)
+    assert line(board(suite), "lost").status == "incomplete", "no value at all is a gap"
+
+
 def test_na_and_failed_lines_say_why(suite: Path) -> None:
     add(suite, cell(record("defense", "tuner")), status="n/a", reason="acts on models", measurements=[])
     error = ErrorRecord(type="RuntimeError", message="out of memory\nat line 3")
