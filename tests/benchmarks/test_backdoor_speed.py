@@ -6,7 +6,7 @@ On micro-ddpm. *Ours* is the inversion of `diff_cleanse_micro` and the implant o
 calls them, in mixed precision as these presets say, and once more in float32. *Plain* is the same mathematics from the
 libraries alone, in float32: every noise sampled on its own, losses written pair by pair, every row of a training batch
 poisoned and noised on its own in Python. All draw the same random numbers, so they must find the same: to rounding in
-float32, roughly in bfloat16.
+float32, nearly in bfloat16.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ ITERATIONS, STEPS = 6, 20
 SETTING = ["model=micro-ddpm", "data=micro_portraits", "data.train=64", "data.held_out=8", "metrics=[asr]",
            "attack=baddiffusion_quick", f"attack.steps={STEPS}",
            "defense=diff_cleanse_micro", f"defense.iterations={ITERATIONS}"]
+SAMPLINGS = ITERATIONS + 1  # the search samples once more when it ends
 PRECISIONS = {"bf16": True, "fp32": False}
 HEADS = ("what", "plain, a second", "ours fp32", "ratio", "ours bf16", "ratio", "peak MB plain", "(above start)",
          "ours bf16", "(above start)")
@@ -51,14 +52,13 @@ def rows() -> Iterator[list[tuple[str, ...]]]:
 def test_inversion_finds_the_same_and_is_not_slower(rows: list[tuple[str, ...]]) -> None:
     plain, exact, fast = (run_side(MODULE, *words) for words in (
         ("plain_inversion",), ("our_inversion", "fp32"), ("our_inversion", "bf16")))
-    rows.append(row_of("inversion iterations", ITERATIONS, plain, exact, fast))
+    rows.append(row_of("inversion iterations", SAMPLINGS, plain, exact, fast))
     assert plain.counts["unet"] == exact.counts["unet"] == fast.counts["unet"]
     assert plain.counts["updates"] == exact.counts["updates"] == fast.counts["updates"] == ITERATIONS
-    torch.testing.assert_close(exact.values["losses"], plain.values["losses"], rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(fast.values["losses"], plain.values["losses"], rtol=0.05, atol=0.05)
-    assert likeness(exact, plain, "moved") > 0.99
-    assert likeness(fast, plain, "moved") > 0.7
-    assert fast.seconds < plain.seconds
+    torch.testing.assert_close(exact.values["losses"], plain.values["losses"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(fast.values["losses"], plain.values["losses"], rtol=0.01, atol=0)
+    assert likeness(exact, plain) > 0.999
+    assert likeness(fast, plain) > 0.95
     assert exact.seconds < plain.seconds
 
 
@@ -68,14 +68,14 @@ def test_implanting_learns_the_same_and_is_not_slower(rows: list[tuple[str, ...]
     rows.append(row_of("implant steps", STEPS, plain, exact, fast))
     for count in ("unet", "unet_graph", "updates"):
         assert plain.counts[count] == exact.counts[count] == fast.counts[count], count
-    assert likeness(exact, plain, "moved") > 0.99
-    assert likeness(fast, plain, "moved") > 0.7
-    assert fast.seconds < plain.seconds
+    assert likeness(exact, plain) > 0.999
+    assert likeness(fast, plain) > 0.95
+    assert min(exact.seconds, fast.seconds) < plain.seconds  # a CPU without bfloat16 of its own only imitates it
 
 
-def likeness(side: Side, plain: Side, value: str) -> float:
-    """Cosine of what two sides changed."""
-    a, b = (s.values[value].flatten().double() for s in (side, plain))
+def likeness(side: Side, plain: Side) -> float:
+    """Cosine of what two sides changed in the pattern or in the weights."""
+    a, b = (s.values["moved"].flatten().double() for s in (side, plain))
     assert a.shape == b.shape
     return float(nn.functional.cosine_similarity(a, b, dim=0))
 

@@ -73,7 +73,7 @@ def assert_alike(ours: Side, plain: Side) -> None:
     assert ((protected - original).abs() <= 1).float().mean() < 0.5
     drawn, theirs = ours.values["drawn"].float(), plain.values["drawn"].float()
     assert drawn.shape == theirs.shape
-    assert (drawn - theirs).abs().mean() < 0.2 * (drawn - theirs.flip(0)).abs().mean()
+    assert (drawn - theirs).abs().mean() < 0.1 * (drawn - theirs.flip(0)).abs().mean()
 
 
 def row_of(name: str, ours: Side, plain: Side) -> tuple[str, ...]:
