@@ -37,6 +37,7 @@ from bench.stats import (
     paired_difference,
     share_of_wins,
 )
+from bench.switches import Switch, Variant, find_switches
 from bench.worst_case import ALL_ATTACKS, Family, Matrix, attackers, families, make_matrix, worst_runs
 
 DEFENSE_STAGES = ("protect", "repair")
@@ -94,6 +95,7 @@ class Table:
 
     ``family``: shared by boards that differ in purifier alone. ``worst_of``: of a worst-case board, the purifiers or
     attackers, and ``matrix`` shows each of them. ``unpurified``: the board of photos as they were published.
+    ``switches``: what single options of the defenses do, in the ranking column.
     """
 
     id: str
@@ -111,6 +113,7 @@ class Table:
     unpurified: bool = False
     worst_of: tuple[str, ...] = ()
     matrix: Matrix | None = None
+    switches: tuple[Switch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -229,10 +232,13 @@ def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
     lines = [make_line(entry, columns, controls, wanted, lost) for entry in entries]
     lines = rank([corrected(line, marks(lines)) for line in lines], entries, columns)
     names = tuple(dict.fromkeys(entry.cells[0].result.cell.defense.name for entry in controls))
+    variants = [Variant(entry.label, entry.cells[0].result.cell, entry.points[columns[0].name])
+                for entry in entries if columns]
     return Table(
         digest([group_key(runs[0].result), protocol]), cell.track, cell.model.name, cell.data.label,
         cell.attack.label, cell.purifier.label if cell.purifier else "none", cell.protocol, tuple(columns), names,
         tuple(lines), tuple(missing(lines, columns)), unpurified=does_nothing(cell.purifier),
+        switches=find_switches(variants, ALPHA),
     )
 
 

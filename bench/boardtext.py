@@ -194,6 +194,17 @@ def matrix_sheets(matrix: Matrix, across: int) -> Iterator[Sheet]:
                     ("defense", *matrix.columns[part]), rows)
 
 
+def switch_sheet(table: Table) -> Sheet | None:
+    """What single options of the defenses do."""
+    if not table.switches:
+        return None
+    column = table.columns[0]
+    decimals = places([line.scores[column.name].value for line in ran(table)])
+    rows = tuple((Shown(s.on), Shown(s.option), Shown(s.off),
+                  shown_delta(Delta(s.off, s.difference, s.mark), decimals)) for s in table.switches)
+    return Sheet("What single options do", ("defense", "option", "against", f"Δ {heading(column)}"), rows)
+
+
 def matrix_label(row: MatrixRow) -> Shown:
     return Shown(row.label, "clean photos" if row.clean else "control" if row.control else "")
 
@@ -201,8 +212,8 @@ def matrix_label(row: MatrixRow) -> Shown:
 def sheets(table: Table, across: int) -> list[Sheet]:
     ranked = [ranking(table), *others(table, across)] if table.columns and ran(table) else []
     matrix = matrix_sheets(table.matrix, across) if table.matrix else ()
-    rest = unranked(table)
-    return [*ranked[:1], *matrix, *ranked[1:], *([rest] if rest else [])]
+    rest, switches = unranked(table), switch_sheet(table)
+    return [*ranked[:1], *matrix, *([switches] if switches else []), *ranked[1:], *([rest] if rest else [])]
 
 
 def notes(table: Table) -> list[str]:
@@ -379,7 +390,7 @@ def markdown_rows(sheet: Sheet) -> Iterator[str]:
 
 
 def _left(name: str) -> bool:
-    return name in ("rank", "defense", "status", "reason", "n", "mistake", "seeds")
+    return name in ("rank", "defense", "status", "reason", "n", "mistake", "seeds", "option", "against")
 
 
 # Terminal
@@ -460,7 +471,7 @@ DELTA_HEAD = ("control_name", "difference", "difference_low", "difference_high",
 
 def comma_separated(boards: Boards) -> str:
     """One row per board, defense, measurement and control; a row without control for lines that have none. Of a matrix
-    a row per defense and column."""
+    a row per defense and column, of an option a row per pair of lines."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow([*HEAD, *DELTA_HEAD])
@@ -469,6 +480,7 @@ def comma_separated(boards: Boards) -> str:
             for column in table.columns or (None,):
                 writer.writerows(csv_rows(table, line, column))
         writer.writerows(csv_matrix(table, table.matrix) if table.matrix else ())
+        writer.writerows(csv_switches(table))
     for board in boards.detections:
         writer.writerows(csv_detection(board))
     return out.getvalue()
@@ -496,6 +508,18 @@ def csv_matrix(table: Table, matrix: Matrix) -> Iterator[list[object]]:
                      "unit": matrix.unit, "better": better, "value": score.value, "low": score.low,
                      "high": score.high, "n": score.n, "units": score.units, "missing_because": score.reason}
             yield [_data(known.get(name)) for name in (*HEAD, *DELTA_HEAD)]
+
+
+def csv_switches(table: Table) -> Iterator[list[object]]:
+    """A row per option that two lines differ in; ``control_name`` is the line without it."""
+    for switch in table.switches:
+        column, d = table.columns[0], switch.difference
+        known = {"board": table.id, "part": f"option {switch.option}", "track": table.track, "model": table.model,
+                 "data": table.data, "attack": table.attack, "purifier": table.purifier, "defense": switch.on,
+                 "measurement": column.name, "unit": column.unit, "control_name": switch.off, "difference": d.value,
+                 "difference_low": d.low, "difference_high": d.high, "difference_units": d.units, "p": d.p,
+                 "mark": switch.mark}
+        yield [_data(known.get(name)) for name in (*HEAD, *DELTA_HEAD)]
 
 
 def csv_rows(table: Table, line: Line, column: Column | None) -> Iterator[list[object]]:

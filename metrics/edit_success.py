@@ -4,7 +4,10 @@ A protected photo can fail the attacker in two ways: the picture does not show w
 person. Measures of shift reward both, and most of all a ruined picture (`edit_shift`); here each is asked by itself. A
 judge that no defense uses, a CLIP model, is given the captions of the photo with every value that the edited attribute
 can have: the edit reads as asked where the wanted caption fits the picture best. A held-out face recogniser compares
-the picture with the original photo. The attacker succeeded where both hold. How to read the parts:
+the picture with the original photo. The attacker succeeded where both hold. A recogniser may take for somebody else
+whoever changes hair, so a person who was asked to is also known by the right answer, in a world where it is known: on
+60 right answers of the drawn world, micro-face-3 knows 4 of 18 changes of hair by the original photo, and 41 of 42
+other ones. How to read the parts:
 
 * attribute high, identity high: the edit went through.
 * attribute low, identity high: the editor was kept from editing, the photo is intact.
@@ -45,8 +48,9 @@ BATCH = 64
 @plugin("metric", "edit_success", track=("editing",), primary=True)
 class EditSuccess:
     """``edit_success``: share of pictures that read as asked and still show the person. Its parts: ``edit_attribute``
-    (reads as asked), ``edit_identity`` (cosine to the original photo's face, 0 where no face is found) and
-    ``edit_identity_rate`` (cosine at or above the recogniser's threshold, which 1 in 1000 pairs of strangers reach).
+    (reads as asked), ``edit_identity`` (cosine to the face of the original photo, or of the right answer where that is
+    known and nearer; 0 where no face is found) and ``edit_identity_rate`` (cosine at or above the recogniser's
+    threshold, which 1 in 1000 pairs of strangers reach).
 
     ``@benign``: of the editor's pictures of the original photos. ``@answer``: of the right answers, the judges' own
     ceiling. ``edit_attribute@photo``: of the original photos, where reading as asked is the judge's error. The caption
@@ -84,7 +88,8 @@ class EditSuccess:
             raise BenchError(f"edit_success: threshold={self.threshold} is out of range; give a cosine above 0, at "
                              "most 1.")
         limit = threshold_of(judge) if self.threshold is None else self.threshold
-        return FaceJudge(name, judge, limit, {**recogniser_facts(name, judge), "threshold": limit})
+        facts = {**recogniser_facts(name, judge), "threshold": limit, "against": "photo, or the known answer if nearer"}
+        return FaceJudge(name, judge, limit, facts)
 
 
 @dataclass(frozen=True)
@@ -138,10 +143,15 @@ class FaceJudge:
     facts: dict[str, Any]
 
     def cosines(self, pictures: Pictures) -> Values:
-        """Of each picture to the photo that it was made of; 0 without a face, None where the photo has none."""
+        """Of each picture to the nearer of the photo that it was made of and the right answer; 0 without a face, None
+        where the photo has none."""
+        import torch
+
         now, seen = self._embed(pictures.pixels)
         was, known = self._embed(originals(pictures.tasks))
-        values = (now * was).sum(1).tolist()
+        right, there = self._embed(wanted(pictures.tasks))
+        wished = torch.where(there, (now * right).sum(1), -1.0)
+        values = torch.maximum((now * was).sum(1), wished).tolist()
         return [(value if visible else 0.0) if had else None
                 for value, visible, had in zip(values, seen.tolist(), known.tolist(), strict=True)]
 
@@ -182,6 +192,14 @@ def originals(tasks: Sequence[EditTask]) -> Tensor:
     import torch
 
     return torch.cat([task.subject.published.pixels for task in tasks])
+
+
+def wanted(tasks: Sequence[EditTask]) -> Tensor:
+    """What should have become of them, the photos themselves where nobody knows."""
+    import torch
+
+    return torch.stack([task.subject.published.pixels[0] if task.edit.answer is None else task.edit.answer
+                        for task in tasks])
 
 
 def references(evidence: EditingEvidence, captions: CaptionJudge, face: FaceJudge) -> list[Measurement]:

@@ -111,6 +111,19 @@ def test_it_is_measured_against_the_original_not_what_the_defense_made_of_it() -
     assert values(measured(shown)["edit_identity"]) == pytest.approx([1, 1])
 
 
+def test_who_was_asked_to_change_is_known_by_the_right_answer_too() -> None:
+    """The edit turns the face from 10 to 100 degrees; a picture at either is the person, one between is neither."""
+    shown = evidence(asked((10, "green"), answer=(100, "red")), pictures((100, "red"), (10, "red")))
+    found = measured(shown)
+    assert values(found["edit_identity"]) == pytest.approx([1, 1]) and found["edit_success"].value == 1
+    between = measured(evidence(asked((10, "green"), answer=(130, "red")), pictures((70, "red"), (200, "red"))))
+    half = math.cos(math.radians(60))
+    assert values(between["edit_identity"]) == pytest.approx([half, math.cos(math.radians(70))])
+    assert between["edit_success"].value == 0
+    faceless = measured(evidence(asked((10, "green"), answer=(255, "red")), pictures((75, "red"), (10, "red"))))
+    assert values(faceless["edit_identity"]) == pytest.approx([math.cos(math.radians(65)), 1])
+
+
 def test_the_threshold_itself_counts_as_the_same_person() -> None:
     face = judges(0.5)[1]
     assert [face.same(value) for value in (0.5, 0.4999, 0.0, None)] == [1, 0, 0, None]
@@ -186,7 +199,7 @@ def test_the_embedded_judges_know_right_answers_from_photos_and_from_ruins(tmp_p
     assert next(iter(found)) == "edit_success", "boards rank by the first"
     assert found["edit_success"].value == found["edit_success@answer"].value > 0.6
     assert found["edit_attribute@photo"].value < 0.2
-    assert found["edit_identity@answer"].value > 0.5
+    assert found["edit_identity@answer"].value == pytest.approx(1)
     kept = embedded(evidence(tasks, originals(tasks)), tmp_path)
     assert kept["edit_attribute"].value == kept["edit_attribute@photo"].value
     assert kept["edit_identity"].value == pytest.approx(1) and kept["edit_identity_rate"].value == 1
