@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @plugin(
-    "defense", "advdm", track=("customization", "editing"), acts_on="images", needs=("text_to_image", "text_encoder"),
+    "defense", "advdm", track=("customization", "editing"), acts_on="images", needs=("text_encoder",),
     paper="AdvDM, ICML 2023, arXiv:2302.04578", official_code="https://github.com/psyker-team/mist",
 )
 class AdvDm:
@@ -40,6 +40,7 @@ class AdvDm:
 
     Deviations that change no result beyond rounding: the weights are frozen while pixels are optimised, and the
     prompt's states are computed once. The latents are drawn from the encoder's posterior, as released.
+    An editor's network that is shown the photo beside z_t (InstructPix2Pix, inpainting) is shown z [ours].
     """
 
     eps: float = 8.0

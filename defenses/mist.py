@@ -36,7 +36,7 @@ class Mode(Enum):
 
 
 @plugin(
-    "defense", "mist", track=("customization", "editing"), acts_on="images", needs=("text_to_image", "text_encoder"),
+    "defense", "mist", track=("customization", "editing"), acts_on="images", needs=("text_encoder",),
     paper="Mist, arXiv:2305.12683", official_code="https://github.com/psyker-team/mist",
 )
 class Mist:
@@ -56,6 +56,7 @@ class Mist:
 
     Deviations: the target's latents are the posterior's mean, computed once, where the released code draws them anew at
     every step; the released code's file may exceed its budget by a level through rounding, ours may not.
+    An editor's network that is shown the photo beside z_t (InstructPix2Pix, inpainting) is shown z [ours].
     """
 
     eps: float = 16.0
@@ -140,8 +141,8 @@ def semantic(parts: Components, z: Tensor, states: Tensor, draws: Draws, part: s
     """L_ldm of each photo's latents: mean || n - eps_theta(z_t, t, c) ||^2 at the drawn t and n."""
     import torch
 
-    from bench.diffusion.losses import noise_prediction_errors
+    from bench.diffusion.losses import noise_prediction_errors, shown_beside
 
     return noise_prediction_errors(
         parts.unet, parts.scheduler, z, states.expand(len(z), -1, -1), generator=torch.Generator(),
-        timesteps=draws.timesteps[part], noise=draws.noise[part])
+        timesteps=draws.timesteps[part], noise=draws.noise[part], beside=shown_beside(parts.vae, parts.unet, z))

@@ -35,7 +35,7 @@ class Sign(Enum):
 
 
 @plugin(
-    "defense", "sds", track=("customization", "editing"), acts_on="images", needs=("text_to_image", "text_encoder"),
+    "defense", "sds", track=("customization", "editing"), acts_on="images", needs=("text_encoder",),
     paper="Diff-Protect, ICLR 2024, arXiv:2311.12832", official_code="https://github.com/xavihart/Diff-Protect",
 )
 class Sds:
@@ -140,10 +140,12 @@ def residual(parts: Components, z: Tensor, states: Tensor, draws: Draws, part: s
     """eps_theta(z_t, t, c) - n, a constant: no gradient enters the UNet."""
     import torch
 
-    from bench.diffusion.losses import prediction_target
+    from bench.diffusion.losses import prediction_target, shown_beside
 
     with torch.no_grad():
         noise, timesteps = draws.noise[part], draws.timesteps[part]
         noisy = parts.scheduler.add_noise(z, noise, timesteps)
-        predicted: Tensor = parts.unet(noisy, timesteps, states.expand(len(z), -1, -1)).sample
+        beside = shown_beside(parts.vae, parts.unet, z)
+        seen = noisy if beside is None else torch.cat([noisy, beside], dim=1)
+        predicted: Tensor = parts.unet(seen, timesteps, states.expand(len(z), -1, -1)).sample
         return predicted - prediction_target(parts.scheduler, z, noise, timesteps)

@@ -31,7 +31,7 @@ PROMPT = {"steps": 1, "prompt_every": 1, "prompt_steps": 1}
 STEPS: list[tuple[str, dict[str, Any]]] = [
     ("tdae", PROMPT), ("tdae", {**PROMPT, "base": "target"}), ("tdae", {**PROMPT, "base": "cross_attention"}),
     ("tdae", {"steps": 1, "base": "encoder", "prompt": False}),
-    ("photoguard", {"steps": 1}),
+    ("photoguard", {"steps": 1}), ("advdm", {"steps": 1}), ("mist", {"steps": 1}), ("sds", {"steps": 1}),
     ("photoguard_diffusion", {"steps": 1, "repeats": 1, "sampler_steps": 2}),
     ("editshield", {"steps": 1}), ("editshield", {"steps": 1, "variant": "released", "lr": 0.01}),
     ("diffusionguard", {"steps": 1, "alpha_255": 1.0}),

@@ -83,21 +83,34 @@ def prediction_target(scheduler: Any, latents: Tensor, noise: Tensor, timesteps:
     return latents
 
 
+def shown_beside(vae: Any, unet: Any, latents: Tensor) -> Tensor | None:
+    """What an editor's network reads of a photo beside noisy latents; None if nothing. ``latents``: the photo's, scaled
+    [n, c, h/8, w/8]. InstructPix2Pix reads them unscaled; an inpainting network reads a mask, here empty, and them."""
+    more = unet.config.in_channels - vae.config.latent_channels
+    if more == 0:
+        return None
+    if more == vae.config.latent_channels:
+        return latents / vae.config.scaling_factor
+    return torch.cat([torch.zeros_like(latents[:, :1]), latents], dim=1)
+
+
 def noise_prediction_errors(
     unet: Any, scheduler: Any, latents: Tensor, states: Tensor | None, *, generator: torch.Generator,
-    timesteps: Tensor | None = None, noise: Tensor | None = None,
+    timesteps: Tensor | None = None, noise: Tensor | None = None, beside: Tensor | None = None,
 ) -> Tensor:
     """Each sample's mean squared error, [n], in float32.
 
     z_t = sqrt(abar_t) z + sqrt(1 - abar_t) n; error = mean ||target - unet(z_t, t, c)||^2 over channels and places.
-    ``states``: prompt states [n, length, width]; None on unconditional models.
+    ``states``: prompt states [n, length, width]; None on unconditional models. ``beside``: what the network reads
+    beside z_t, from :func:`shown_beside`.
     """
     noise = normal(latents.shape, generator, latents) if noise is None else noise
     timesteps = draw_timesteps(scheduler, len(latents), generator) if timesteps is None else timesteps
     timesteps = timesteps.to(latents.device)
     noisy = scheduler.add_noise(latents, noise, timesteps)
     given = () if states is None else (states,)
-    predicted = unet(noisy, timesteps, *given).sample
+    seen = noisy if beside is None else torch.cat([noisy, beside], dim=1)
+    predicted = unet(seen, timesteps, *given).sample
     target = prediction_target(scheduler, latents, noise, timesteps)
     errors: Tensor = (predicted.float() - target.float()).square().flatten(1).mean(1)
     return errors

@@ -34,6 +34,7 @@ from bench.diffusion.losses import (
     latent_distribution,
     noise_prediction_errors,
     normal,
+    shown_beside,
     tokenise,
 )
 from bench.diffusion.sampling import chunks
@@ -101,10 +102,11 @@ def denoising_losses(vae: Any, unet: Any, scheduler: Any, states: Tensor, draws:
     """L_ldm of each photo: || n - eps_theta(z_t, t, c) ||^2, mean over the latent. ``states``: [1, length, width]."""
 
     def losses(pixels: Tensor, part: slice) -> Tensor:
-        latents = draws.latents(latent_distribution(vae, pixels), part)
+        latents = draws.latents(latent_distribution(vae, pixels), part).to(states.dtype)
         return noise_prediction_errors(
-            unet, scheduler, latents.to(states.dtype), states.expand(len(pixels), -1, -1),
-            generator=torch.Generator(), timesteps=draws.timesteps[part], noise=draws.noise[part].to(states.dtype),
+            unet, scheduler, latents, states.expand(len(pixels), -1, -1), generator=torch.Generator(),
+            timesteps=draws.timesteps[part], noise=draws.noise[part].to(states.dtype),
+            beside=shown_beside(vae, unet, latents),
         )
 
     return losses

@@ -15,10 +15,14 @@ from bench.diffusion.checkpoints import resolve
 from bench.diffusion.loading import load_modules
 from bench.plugin import facts_of
 from bench.records import Model
+from defenses.advdm import AdvDm
 from defenses.diffusionguard import DiffusionGuard
 from defenses.editshield import EditShield
 from defenses.facelock import FaceLock
+from defenses.mist import Mist
+from defenses.photoguard import PhotoGuard
 from defenses.photoguard_diffusion import PhotoGuardDiffusion
+from defenses.sds import Sds
 from defenses.semantic_attack import SemanticAttack
 from defenses.tdae import Tdae
 from tests.defenses.drawn import subject
@@ -34,6 +38,7 @@ METHODS = [
     PhotoGuardDiffusion(steps=2, repeats=2, sampler_steps=2),
     EditShield(steps=2), EditShield(steps=2, variant="released", lr=0.01),  # type: ignore[arg-type]
     DiffusionGuard(steps=4), SemanticAttack(steps=2, timesteps=2), FaceLock(steps=3, **FACES),
+    AdvDm(steps=2), Mist(steps=2), Sds(steps=2, random_start=True), PhotoGuard(steps=2),
 ]
 KINDS = ("text", "instruct", "inpaint")
 
@@ -114,7 +119,7 @@ def test_what_is_declared(method: Any) -> None:
 def test_only_methods_that_are_told_the_edit_say_so() -> None:
     knows = {type(method).__name__: facts_of(type(method)).knows for method in METHODS}
     assert knows == {"Tdae": ("prompt",), "DiffusionGuard": ("mask",), "PhotoGuardDiffusion": (), "EditShield": (),
-                     "SemanticAttack": (), "FaceLock": ()}
+                     "SemanticAttack": (), "FaceLock": (), "AdvDm": (), "Mist": (), "Sds": (), "PhotoGuard": ()}
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if not facts_of(m).knows], ids=label)

@@ -81,7 +81,7 @@ def test_the_flat_direction_is_its_formula_on_a_quadratic(sign: float) -> None:
     generator = torch.Generator().manual_seed(0)
     root = torch.randn(2, 12, 12, generator=generator, dtype=torch.float64)
     hessian, slope = sign * root @ root.transpose(1, 2), torch.randn(2, 12, generator=generator, dtype=torch.float64)
-    x, h, k = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64), 3.0, 0.3
+    x, h, k = torch.randn(2, 3, 2, 2, generator=generator, dtype=torch.float64), 30.0, 0.3
     found = flat_direction(x, quadratic(hessian, slope), h, k, batch=1)
     gradient = torch.einsum("nij,nj->ni", hessian, x.flatten(1)) + slope
     s = gradient / gradient.norm(dim=1, keepdim=True)

@@ -30,7 +30,7 @@ from bench.diffusion.editors import (
 )
 from bench.diffusion.loading import load_pipeline
 from bench.diffusion.surrogate_free import Crowd, crowd_of
-from bench.diffusion.surrogates import Draws
+from bench.diffusion.surrogates import Draws, denoising_losses
 from bench.errors import BenchError
 from bench.records import Model
 from bench.testing import pipelines
@@ -161,6 +161,20 @@ def test_networks_that_read_something_else_are_refused(tiny_sd: Path, tmp_path: 
     pipelines.conditional_unet(channels=5).save_pretrained(tmp_path / "unet")
     with pytest.raises(BenchError, match="reads 5 channels"):
         open_editor(replace(resolve(str(tiny_sd)), parts={"unet": tmp_path / "unet"}), ctx)
+
+
+def test_the_noise_prediction_loss_shows_an_editor_the_photo(model: Model, crowd: Crowd, ctx: Context) -> None:
+    """AdvDM's and Mist's loss by hand: z_t of the photo, and beside it what each pipeline shows, no mask."""
+    editor, request, draws = opened(model, crowd, ctx)
+    scale, states = editor.vae.config.scaling_factor, request.states[:1]
+    with torch.no_grad():
+        found = denoising_losses(editor.vae, editor.unet, editor.scheduler, states, draws)(crowd.x, ALL)
+        posterior = editor.vae.encode(crowd.x).latent_dist
+        z = posterior.mean + posterior.std * draws.posterior
+        beside = {"text": [], "instruct": [z], "inpaint": [torch.zeros(3, 1, 8, 8), z * scale]}[editor.kind]
+        noisy = editor.scheduler.add_noise(z * scale, draws.noise, draws.timesteps)
+        output = editor.unet(torch.cat([noisy, *beside], 1), draws.timesteps, states.expand(3, -1, -1)).sample
+    assert torch.allclose(found, (output - draws.noise).square().mean((1, 2, 3)), rtol=1e-4)
 
 
 # -- Whole edits -------------------------------------------------------------------------------------------------------
