@@ -55,7 +55,8 @@ class EditSuccess:
     ``@benign``: of the editor's pictures of the original photos. ``@answer``: of the right answers, the judges' own
     ceiling. ``edit_attribute@photo``: of the original photos, where reading as asked is the judge's error. The caption
     judge is the protocol's (``editing.judge``). ``recognisers``: the first counts, others' figures carry their name;
-    embedded encoders, folders, ``dlib`` or ``insightface:<pack>``. ``threshold``: in place of the recognisers' own.
+    embedded encoders, folders, ``dlib`` or ``insightface:<pack>``. ``threshold``: of recognisers whose files state
+    none (InsightFace's do not); without it these give no ``edit_success``.
     """
 
     recognisers: list[str] = field(default_factory=lambda: ["micro-face-3", "micro-face-2"])
@@ -87,7 +88,8 @@ class EditSuccess:
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise BenchError(f"edit_success: threshold={self.threshold} is out of range; give a cosine above 0, at "
                              "most 1.")
-        limit = threshold_of(judge) if self.threshold is None else self.threshold
+        own = threshold_of(judge)
+        limit = self.threshold if own is None else own
         facts = {**recogniser_facts(name, judge), "threshold": limit, "against": "photo, or the known answer if nearer"}
         return FaceJudge(name, judge, limit, facts)
 

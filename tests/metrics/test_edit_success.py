@@ -220,9 +220,15 @@ def test_recognisers_by_name_and_folder_and_a_judge_by_folder(tmp_path: Path) ->
     assert found[name].protocol["faces"]["threshold"] == 0.99
     assert f"edit_attribute@{tmp_path / 'mine'}" not in found
     assert found["edit_success"].protocol["captions"]["extractor"] == "micro-clip"
-    strict = embedded(evidence(tasks, answers(tasks)), tmp_path, EditSuccess(threshold=1.0))
-    assert strict["edit_success"].protocol["faces"]["threshold"] == 1.0
-    assert strict["edit_success"].value <= plain["edit_success"].value
+
+
+def test_a_threshold_by_hand_is_for_recognisers_that_state_none() -> None:
+    class Mute(Dial):
+        config = None
+
+    limits = [EditSuccess(threshold=threshold)._face_judge("x", judge).threshold
+              for threshold in (None, 0.3) for judge in (Dial(), Mute())]
+    assert limits == [0.7, None, 0.7, 0.3]
 
 
 @pytest.mark.parametrize("metric", [EditSuccess([]), EditSuccess(["micro-face-3"] * 2), EditSuccess(threshold=1.5)])
