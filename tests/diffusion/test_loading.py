@@ -123,13 +123,14 @@ def test_sd15_at_full_size(tmp_path: Path) -> None:
 
 def save_sd15(
     folder: Path, widths: tuple[int, ...], vae_widths: tuple[int, ...], text_width: int, text_layers: int,
+    kind: str = "StableDiffusionPipeline", channels: int = 4,
 ) -> Model:
     import json
 
     import diffusers
 
     words = pipelines.tokenizer(77)
-    pipeline = diffusers.StableDiffusionPipeline(
+    pipeline = getattr(diffusers, kind)(
         vae=diffusers.AutoencoderKL(
             block_out_channels=vae_widths, layers_per_block=2, latent_channels=4, sample_size=512,
             down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -138,7 +139,7 @@ def save_sd15(
         tokenizer=words,
         unet=diffusers.UNet2DConditionModel(
             sample_size=64, block_out_channels=widths, layers_per_block=2, cross_attention_dim=text_width,
-            attention_head_dim=8,
+            attention_head_dim=8, in_channels=channels,
         ),
         scheduler=diffusers.PNDMScheduler(1000, 0.00085, 0.012, "scaled_linear", skip_prk_steps=True, steps_offset=1),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
