@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
 
-from bench.results import CellRecord
+from bench.results import CellRecord, ModelRecord
 from bench.stats import Difference, Point, holm, paired_difference
 
 
@@ -47,7 +47,7 @@ def switched_on(off: CellRecord, on: CellRecord) -> str:
     """The one option that is off in the first defense, on in the second and all that tells them apart; "" if there is
     no such option."""
     one, other = off.defense, on.defense
-    if (one.name, one.version, off.surrogate) != (other.name, other.version, on.surrogate):
+    if (one.name, one.version, _digest(off.surrogate)) != (other.name, other.version, _digest(on.surrogate)):
         return ""
     names = one.parameters.keys() | other.parameters.keys()
     differing = [name for name in names if one.parameters.get(name) != other.parameters.get(name)]
@@ -55,6 +55,10 @@ def switched_on(off: CellRecord, on: CellRecord) -> str:
         return ""
     values = one.parameters.get(differing[0]), other.parameters.get(differing[0])
     return differing[0] if values[0] is False and values[1] is True else ""
+
+
+def _digest(model: ModelRecord | None) -> str:
+    return model.digest if model else ""
 
 
 def marked(switches: Sequence[Switch], alpha: float) -> list[Switch]:

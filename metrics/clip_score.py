@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from bench.errors import BenchError
 from bench.plugin import plugin
 from bench.records import BackdoorEvidence, CustomizationEvidence, Evidence, Measurement, Row
 
@@ -38,6 +39,8 @@ class ClipScore:
 
         if isinstance(evidence, CustomizationEvidence):
             return [of_subjects(evidence, clip(self.extractor, ctx.device))]
+        if not isinstance(evidence, BackdoorEvidence):
+            raise BenchError("clip_score: needs the evidence of a customization or of a backdoor cell.")
         if not any(evidence.clean.plain.prompts):
             return unprompted()
         return of_backdoor(evidence, clip(self.extractor, ctx.device))

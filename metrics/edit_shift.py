@@ -74,8 +74,8 @@ def compare(before: Tensor, after: Tensor, name: str, distance: Distance) -> Val
 
 def next_seed(pictures: Tensor, seeds: int) -> Tensor:
     """In place of each picture its photo's next one, [n, 3, h, w]; the last goes with the first."""
-    tasks = pictures.unflatten(0, (-1, seeds))
-    return tasks.roll(-1, dims=1).flatten(0, 1)
+    tasks = pictures.reshape(-1, seeds, *pictures.shape[1:])
+    return tasks.roll(-1, dims=1).reshape(pictures.shape)
 
 
 def summarise(
