@@ -159,7 +159,8 @@ def ranking(table: Table) -> Sheet:
 def others(table: Table, across: int) -> Iterator[Sheet]:
     """The other measurements, ``across`` to a sheet, in the order of the ranking."""
     lines = ran(table)
-    rest = [c for c in table.columns[1:] if any(line.scores[c.name].value is not None for line in lines)]
+    rest = [c for c in table.columns[1:] if any(line.scores[c.name].value is not None for line in lines)
+            and not is_common(c, lines)]
     for start in range(0, len(rest), across):
         part = rest[start:start + across]
         decimals = {c.name: places([line.scores[c.name].value for line in lines]) for c in part}
@@ -167,6 +168,23 @@ def others(table: Table, across: int) -> Iterator[Sheet]:
                      for line in lines)
         yield Sheet("Other measurements" + (" (continued)" if start else ""),
                     ("defense", *map(heading, part)), rows)
+
+
+def is_common(column: Column, lines: Sequence[Line]) -> bool:
+    """Whether a measurement without a better direction says the same of every line: of the photos, say, or of what the
+    attacker gets without any defense."""
+    first, *others = (line.scores[column.name] for line in lines)
+    return bool(others) and column.higher_is_better is None and all(score == first for score in others)
+
+
+def common(table: Table) -> Sheet | None:
+    """What is the same for every line, said once."""
+    lines = ran(table)
+    found = [c for c in table.columns[1:] if lines and lines[0].scores[c.name].value is not None
+             and is_common(c, lines)]
+    rows = tuple((Shown(heading(c)), shown_score(score, places([score.value])))
+                 for c in found for score in [lines[0].scores[c.name]])
+    return Sheet("The same for every line", ("measurement", "value"), rows) if rows else None
 
 
 def unranked(table: Table) -> Sheet | None:
@@ -212,8 +230,9 @@ def matrix_label(row: MatrixRow) -> Shown:
 def sheets(table: Table, across: int) -> list[Sheet]:
     ranked = [ranking(table), *others(table, across)] if table.columns and ran(table) else []
     matrix = matrix_sheets(table.matrix, across) if table.matrix else ()
-    rest, switches = unranked(table), switch_sheet(table)
-    return [*ranked[:1], *matrix, *([switches] if switches else []), *ranked[1:], *([rest] if rest else [])]
+    last = [sheet for sheet in (common(table), unranked(table)) if sheet]
+    switches = switch_sheet(table)
+    return [*ranked[:1], *matrix, *([switches] if switches else []), *ranked[1:], *last]
 
 
 def notes(table: Table) -> list[str]:
@@ -390,7 +409,7 @@ def markdown_rows(sheet: Sheet) -> Iterator[str]:
 
 
 def _left(name: str) -> bool:
-    return name in ("rank", "defense", "status", "reason", "n", "mistake", "seeds", "option", "against")
+    return name in ("rank", "defense", "status", "reason", "n", "mistake", "seeds", "option", "against", "measurement")
 
 
 # Terminal

@@ -179,6 +179,24 @@ def test_a_sample_that_nobody_can_have_is_nobodys_gap(suite: Path) -> None:
     assert line(board(suite), "lost").status == "incomplete", "no value at all is a gap"
 
 
+def test_what_is_the_same_for_every_line_is_said_once(suite: Path) -> None:
+    def photos(value: float) -> Measurement:
+        return mean_of("niqe_photos", [Row(f"{i}", f"s{i}", value + i) for i in range(4)], None, "distance")
+
+    def pages(*values: float) -> str:
+        for defense, value in zip((NONE, NOISE, SHIELD), values, strict=True):
+            for seed in (0, 1):
+                add(suite, cell(defense, seed), ism(0.5, f"{defense.name}{seed}"), photos(value),
+                    mean_of("ssim", [Row(f"{i}", f"s{i}", 0.5) for i in range(4)], True))
+        write_boards(suite)
+        return (suite / "leaderboard.md").read_text()
+
+    same, other = pages(2.0, 2.0, 2.0), pages(2.0, 2.0, 2.5)
+    assert "**The same for every line**" in same and "| niqe\\_photos (distance) | 3.50 [" in same
+    assert "| defense | ssim ↑ |" in same, "what has a direction is every line's own, though all are equal"
+    assert "The same for every line" not in other and "| defense | niqe\\_photos (distance) | ssim ↑ |" in other
+
+
 def test_na_and_failed_lines_say_why(suite: Path) -> None:
     add(suite, cell(record("defense", "tuner")), status="n/a", reason="acts on models", measurements=[])
     error = ErrorRecord(type="RuntimeError", message="out of memory\nat line 3")
