@@ -6,7 +6,7 @@ judge that no defense uses, a CLIP model, is given the captions of the photo wit
 can have: the edit reads as asked where the wanted caption fits the picture best. A held-out face recogniser compares
 the picture with the original photo. The attacker succeeded where both hold. A recogniser may take for somebody else
 whoever changes hair, so a person who was asked to is also known by the right answer, in a world where it is known: on
-60 right answers of the drawn world, micro-face-3 knows 4 of 18 changes of hair by the original photo, and 41 of 42
+60 right answers of the drawn world, micro-face-3 knows 3 of 18 changes of hair by the original photo, and 38 of 42
 other ones. How to read the parts:
 
 * attribute high, identity high: the edit went through.
