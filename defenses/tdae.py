@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from bench.errors import BenchError, unknown
 from bench.plugin import facts_of, plugin
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from bench.diffusion.surrogates import Draws
     from bench.records import ImageSet, Model, Subject
 
+E = TypeVar("E", bound=Enum)
 Loss = Callable[["Tensor", "Tensor", slice], "Tensor"]
 """L(pixels, states, part) of each of the photos ``part``, at one draw of noise and timestep."""
 
@@ -35,6 +36,14 @@ class Base(Enum):
     noise_prediction = "noise_prediction"
     cross_attention = "cross_attention"
     target = "target"
+
+
+class Mend(Enum):
+    """How ``noise_prediction`` leaves the point at which its gradient is zero."""
+
+    resample = "resample"
+    start = "start"
+    none = "none"
 
 
 @plugin(
@@ -69,10 +78,11 @@ class Tdae:
     content ``target_sha256`` pins. ``pgd_batch``: photos per pass; it changes rounding only.
 
     Noise and timestep (of the whole chain) are drawn anew at every step [ours]; both gradients of FlatGrad share one
-    draw, or their difference would be no derivative. ``resample``: y_0 comes from another draw of the noise than f
-    [ours]. With the same noise (``resample=false``, there to show it) L and its gradients in pixels and in the prompt
-    are exactly 0 at delta = 0, where algorithm 1 starts, and it never moves; the paper does not say how it leaves that
-    point. The other losses have no such point.
+    draw, or their difference would be no derivative. If y_0 is drawn with the noise of f, then L of
+    ``noise_prediction`` and its gradients in pixels and in the prompt are exactly 0 at delta = 0, where algorithm 1
+    starts, and it never moves; the paper does not say how it leaves that point. ``mend`` [ours]: ``resample`` draws the
+    noise of y_0 apart from that of f; ``start`` keeps one noise and starts uniformly within a level of the photo;
+    ``none`` is there to show the trap. The other losses have no such point.
 
     The defender who is not told the edit takes the surrogate's neutral prompt, "a photo" or an empty instruction.
     """
@@ -90,7 +100,7 @@ class Tdae:
     eps_prompt: float = 0.1
     target: str = "grey"
     target_sha256: str = ""
-    resample: bool = True
+    mend: Mend = Mend.resample
     pgd_batch: int = 8
 
     def __post_init__(self) -> None:
@@ -101,10 +111,7 @@ class Tdae:
         require_all(self, above={"alpha_255": 0, "flat_radius": 0, "eps_prompt": 0}, least={
             "steps": 0, "flat_ratio": 0, "prompt_every": 1, "prompt_steps": 0, "pgd_batch": 1})
         self.target_sha256 = check_target(self.target, self.target_sha256, "defense.target")
-        try:
-            self.base = Base(self.base)
-        except ValueError:
-            raise unknown("base", str(self.base), "defense.base", [b.value for b in Base]) from None
+        self.base, self.mend = chosen(Base, self.base, "base"), chosen(Mend, self.mend, "mend")
         if self.base is Base.encoder:
             if self.prompt:
                 raise BenchError("defense.prompt=true: no prompt occurs in the loss base=encoder, so none can be "
@@ -125,6 +132,14 @@ class Tdae:
                               lambda crowd: immunise(self, crowd, editor, ctx))
 
 
+def chosen(kind: type[E], value: E | str, name: str) -> E:
+    """An option's value by name; refuses others."""
+    try:
+        return kind(value)
+    except ValueError:
+        raise unknown(name, str(value), f"defense.{name}", [each.value for each in kind]) from None
+
+
 # -- Algorithm 1 -------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +149,8 @@ def immunise(method: Tdae, crowd: Crowd, editor: Editor, ctx: Context) -> Tensor
     from bench.diffusion.projected_gradient import ascend
 
     scene = Scene(editor, ask(editor, crowd), crowd, encoded_target(method, editor.vae, crowd.x.shape[-1]))
-    x, states = crowd.x, scene.request.states                                  # delta_v <- 0, delta_p <- 0
+    mended = method.base is Base.noise_prediction and method.mend is Mend.start
+    x, states = crowd.start(min(1.0, method.eps), mended), scene.request.states  # delta_v <- 0, delta_p <- 0
     for n in range(1, method.steps + 1):
         if method.prompt and n % method.prompt_every == 0:
             states = refined(method, x, scene.request.states, lambda: loss_of(method, scene))
@@ -232,7 +248,7 @@ def loss_of(method: Tdae, scene: Scene) -> Loss:
     if method.base is Base.cross_attention:
         return attention_loss(method, scene, draws)
     other = crowd.draw(editor.vae, editor.scheduler)
-    benign = replace(other, timesteps=draws.timesteps) if method.resample else draws
+    benign = replace(other, timesteps=draws.timesteps) if method.mend is Mend.resample else draws
     return edit_loss(method, scene, draws, benign)
 
 

@@ -3,6 +3,7 @@ results that company cannot change."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def test_files_move_within_the_budget_and_weights_do_not_move(
     model, ada = models[kind], told(subject("ada"), masked=True)
     modules = {name: module for name, module in load_modules(model).items() if isinstance(module, torch.nn.Module)}
     before = {name: [p.clone() for p in module.parameters()] for name, module in modules.items()}
-    for eps in (0, 1.5, 6.375):
+    for eps in (0, 6.375):
         found = replace(method, eps=eps, alpha_255=max(eps, 1)).protect([ada], model, ctx)[0]
         assert found.names == ada.published.names
         change = (found.pixels.int() - ada.published.pixels.int()).abs()
@@ -80,8 +81,8 @@ def test_files_move_within_the_budget_and_weights_do_not_move(
         assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before[name], module.parameters()))
 
 
-@each_kind
-@each_method
+@pytest.mark.parametrize(("method", "kind"), list(zip(METHODS, itertools.cycle(KINDS))),
+                         ids=[label(method) for method in METHODS])
 def test_neither_order_company_nor_batch_matters(
     method: Any, kind: str, models: dict[str, Model], ctx: Context,
 ) -> None:
@@ -125,7 +126,6 @@ def test_only_methods_that_are_told_the_edit_say_so() -> None:
 @pytest.mark.parametrize("method", [m for m in METHODS if not facts_of(m).knows], ids=label)
 def test_those_that_say_they_know_nothing_do_not_look(method: Any, models: dict[str, Model], ctx: Context) -> None:
     """Without a mask, whether the edit is told changes no bit."""
-    for kind in ("text", "instruct"):
-        person = subject("ada")
-        one, other = (method.protect([each], models[kind], ctx)[0].pixels for each in (person, told(person)))
-        assert torch.equal(one, other)
+    person = subject("ada")
+    one, other = (method.protect([each], models["instruct"], ctx)[0].pixels for each in (person, told(person)))
+    assert torch.equal(one, other)

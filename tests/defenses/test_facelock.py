@@ -109,7 +109,7 @@ def test_the_reconstruction_loses_the_face_more_than_under_noise(ctx: Context) -
 
     found = likeness(method.protect([person], model, ctx)[0])
     noisy = likeness(SignNoise(16).protect([person], model, ctx)[0])
-    assert (found < noisy - 0.2).all()
+    assert (found < noisy).all() and (found.mean(0) < noisy.mean(0) - 0.2).all()
 
 
 def test_terms_and_encoders_matter(model: Model, ctx: Context) -> None:
