@@ -215,7 +215,7 @@ def with_values(cfg: DictConfig, words: Sequence[str]) -> DictConfig:
     """A config without its plugins, with overrides set as Hydra sets them."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    plain = OmegaConf.masked_copy(cfg, [key for key in cfg if key not in (*PARTS, "hydra")])
+    plain = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in (*PARTS, "hydra")])
     for word in OverridesParser.create().parse_overrides(list(words)):
         OmegaConf.update(plain, word.get_key_element(), word.value(), merge=True)
     return plain

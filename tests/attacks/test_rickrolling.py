@@ -49,6 +49,14 @@ def test_the_letter_moves_a_caption_that_was_not_trained_on_towards_the_target(
     assert after > before + 0.01
 
 
+def test_the_benign_term_keeps_plain_captions_near_what_they_were(model: Model, tmp_path: Path) -> None:
+    kept = {}
+    for weight in (1.0, 1e3):
+        public, _ = replace(FEW, weight=weight).implant(model, photos(), Context("key", tmp_path / str(weight)))
+        kept[weight] = similarity(public, model, "a photo of person 9", "a photo of person 9")
+    assert kept[1.0] > kept[1e3] + 1e-3
+
+
 def test_the_loss_is_minus_one_and_minus_beta_where_all_agrees(model: Model) -> None:
     parts = load_components(model)
     loss = backdoor_loss(parts, parts, ["a cat", "a dog"], [("a cat", "a cat"), ("a fox", "a fox")], 0.25)
