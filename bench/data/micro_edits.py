@@ -20,7 +20,7 @@ FIELDS = ("glasses", "background", "hair_colour", "beard", "shirt", "hair_style"
 """What is edited, in turn."""
 UNREAD = ("add a moustache", "remove the beard", "make the hair short")
 """Edits left out, for micro-clip, the judge, mostly does not find the right caption of the world's own answer: in 0.43,
-0.51 and 0.58 of the pictures of 240 other people, 0.30 for expressions. Of every other edit it finds 0.74 or more."""
+0.51 and 0.58 of the cases (240 other people), in 0.30 for expressions. For every other edit it finds 0.74 or more."""
 PUBLISHED = (1, 0)
 """The view that is published: the first of set B, as in `bench.data.micro_subjects`."""
 
