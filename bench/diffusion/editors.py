@@ -223,7 +223,7 @@ def word_attention(maps: Mapping[str, Tensor], words: Tensor, side: int) -> Tens
     total = []
     for found in maps.values():
         width = math.isqrt(found.shape[1])
-        shares = (found * words[:, None, :].to(found)).sum(2).unflatten(1, (1, width, width))
+        shares = (found * words[:, None, :].to(found)).sum(2).reshape(-1, 1, width, width)
         total.append(functional.interpolate(shares, (side, side), mode="bicubic", align_corners=False)[:, 0])
     return torch.stack(total).sum(0)
 
@@ -297,7 +297,8 @@ def course_times(editor: Editor, course: Course) -> Tensor:
     """Timesteps of an edit, int64 [steps], from the noisiest down: "trailing" equal steps (Lin et al., WACV 2024)."""
     total = editor.scheduler.config.num_train_timesteps * (course.strength if editor.kind == "text" else 1.0)
     left = torch.arange(course.steps, 0, -1) / course.steps
-    return ((total * left).round().long() - 1).clamp(min=0).to(editor.unet.device)
+    times: Tensor = ((total * left).round().long() - 1).clamp(min=0).to(editor.unet.device)
+    return times
 
 
 Row = tuple[float, Tensor, Tensor | None]

@@ -90,7 +90,8 @@ def shown_beside(vae: Any, unet: Any, latents: Tensor) -> Tensor | None:
     if more == 0:
         return None
     if more == vae.config.latent_channels:
-        return latents / vae.config.scaling_factor
+        unscaled: Tensor = latents / vae.config.scaling_factor
+        return unscaled
     return torch.cat([torch.zeros_like(latents[:, :1]), latents], dim=1)
 
 
