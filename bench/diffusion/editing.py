@@ -44,6 +44,8 @@ def open_editor(model: Model, kind: str, sampler: str, device: str = "cpu") -> A
     model's own noise schedule."""
     modules = load_pipeline(model, device).components
     modules["scheduler"] = with_sampler(modules["scheduler"].config, sampler, SAMPLERS)
+    # Where a schedule says nothing of it, samplers would cut latents to [-1, 1], which is the range of pixels.
+    modules["scheduler"].register_to_config(clip_sample=False)
     pipeline = getattr(diffusers, kind)(**modules, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -124,6 +126,23 @@ def test_words_that_the_editor_reads_matter_and_others_do_not(
     follows_orders = isinstance(attack, InstructPix2Pix)
     assert torch.equal(plain, ordered) != follows_orders
     assert torch.equal(plain, described) == follows_orders
+
+
+@CASES
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+def test_latents_are_never_cut_to_the_range_of_pixels(
+    attack: Any, name: str, sampler: str, asked: Asked, models: Models, tmp_path: Path,
+) -> None:
+    """Schedules of older checkpoints say nothing of clipping, and the samplers' own default is to clip."""
+    folder = Path(shutil.copytree(models(name).base, tmp_path / "silent"))
+    file = folder / "scheduler/scheduler_config.json"
+    said = json.loads(file.read_text())
+    assert said.pop("clip_sample") is False
+    file.write_text(json.dumps(said))
+    one, protocol = asked.pick([0]), replace(PROTOCOL, sampler=sampler)
+    pictures = [attack.edit(one.photos, one.edits, one.seeds, model, protocol, Context("key", tmp_path))
+                for model in (models(name), resolve(str(folder)))]
+    assert torch.equal(*pictures)
 
 
 # Each formula by hand. DDIM without noise, "leading" timesteps with an offset of 1, as the tiny models' schedules say.
