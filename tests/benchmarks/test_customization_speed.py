@@ -7,6 +7,11 @@ One person's four photos on micro-sd-a: protect (`aspl_quick`, `dladiff_quick` w
 scripts do it, from the libraries alone: pixel gradients one photo at a time through weights that collect gradients too,
 prompts and photos encoded anew in every step, surrogates copied as objects, pictures drawn one by one, the model loaded
 from disk by each script. Both draw the same random numbers, so they must protect alike and draw alike.
+
+Measured, one thread of a CPU that other processes kept busy: `aspl` 13.0 CPU-seconds, plain 19.6, 1.50 times as fast;
+`dladiff` 13.2, plain 20.4, 1.54 times. Ours takes more memory here, not less: 269 and 307 MB above the start, plain 201
+and 228, because four photos and eight pictures are in flight where plain has one; gradients of weights, which ours does
+without, weigh little on networks this small. 99.9 % of protected values agree to one level, pictures to 0.03 levels.
 """
 
 from __future__ import annotations
