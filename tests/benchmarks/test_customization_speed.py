@@ -8,10 +8,11 @@ scripts do it, from the libraries alone: pixel gradients one photo at a time thr
 prompts and photos encoded anew in every step, surrogates copied as objects, pictures drawn one by one, the model loaded
 from disk by each script. Both draw the same random numbers, so they must protect alike and draw alike.
 
-Measured, one thread of a CPU that other processes kept busy: `aspl` 13.0 CPU-seconds, plain 19.6, 1.50 times as fast;
-`dladiff` 13.2, plain 20.4, 1.54 times. Ours takes more memory here, not less: 269 and 307 MB above the start, plain 201
-and 228, because four photos and eight pictures are in flight where plain has one; gradients of weights, which ours does
-without, weigh little on networks this small. 99.9 % of protected values agree to one level, pictures to 0.03 levels.
+Two runs, one thread of a CPU that other processes kept busy: `aspl` 12.0 and 13.0 CPU-seconds, plain 19.3 and 19.6,
+1.50 to 1.60 times as fast; `dladiff` 12.8 and 13.2, plain 20.4, 1.54 to 1.60 times. Ours takes more memory here, not
+less: 270 and 308 MB above the start, plain 202 and 215. It has four photos and eight pictures in flight where plain has
+one, and gradients of weights, which ours does without, weigh little on networks this small. 99.9 % of protected values
+agree to one level, pictures to 0.03 levels.
 """
 
 from __future__ import annotations
