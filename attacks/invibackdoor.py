@@ -192,7 +192,9 @@ def gradient(start: Implantation, noise: Tensor, delta: Tensor, target: Tensor, 
     import torch
     from diffusers import DDIMScheduler
 
-    chain: Any = DDIMScheduler.from_config({**start.scheduler.config, "clip_sample": False})
+    from bench.diffusion.sampling import adjusted
+
+    chain: Any = DDIMScheduler.from_config(adjusted(start.scheduler.config, clip_sample=False))
     chain.set_timesteps(steps)
     with torch.enable_grad():
         leaf = delta.detach().clone().requires_grad_(True)

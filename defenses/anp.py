@@ -220,12 +220,12 @@ def variety(unet: Any, scheduler: Any, options: Anp, ctx: Context) -> float:
     """Mean distance between two of ``options.samples`` samples, in [0, 1] units; the same seeds each time."""
     import torch
 
-    from bench.diffusion.sampling import initial_noise, sample_unconditional
+    from bench.diffusion.sampling import adjusted, initial_noise, sample_unconditional
 
     seeds = [ctx.seed("sample", place) for place in range(options.samples)]
     noise = initial_noise(seeds, (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size))
     steps = min(options.sampling_steps, scheduler.config.num_train_timesteps)
-    drawn = sample_unconditional(unet, {**scheduler.config, "clip_sample": False}, noise, seeds, steps)
+    drawn = sample_unconditional(unet, adjusted(scheduler.config, clip_sample=False), noise, seeds, steps)
     return float(torch.pdist(drawn.double().flatten(1) / 255).mean())
 
 

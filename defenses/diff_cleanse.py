@@ -200,11 +200,11 @@ def fast_sampler(unet: Any, scheduler: Any, options: DiffCleanse, ctx: Context) 
     import torch
     from diffusers import DDIMScheduler, DDPMScheduler, UniPCMultistepScheduler
 
-    from bench.diffusion.sampling import generators
+    from bench.diffusion.sampling import adjusted, generators
     from bench.diffusion.training import mixed
 
     kind = {"unipc": UniPCMultistepScheduler, "ddim": DDIMScheduler, "ddpm": DDPMScheduler}[options.sampler]
-    chain: Any = kind.from_config({**scheduler.config, "clip_sample": False})
+    chain: Any = kind.from_config(adjusted(scheduler.config, clip_sample=False))
     steps = min(options.sampling_steps, scheduler.config.num_train_timesteps)
     seeds = [ctx.seed("chain", place) for place in range(options.noises)]
 

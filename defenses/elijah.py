@@ -174,12 +174,12 @@ def draw(
 ) -> Tensor:
     """Samples from noise with ``shift`` [3, h, w] added: float [n, 3, h, w] in [0, 1]."""
     from bench.diffusion.images import to_unit
-    from bench.diffusion.sampling import initial_noise, sample_unconditional
+    from bench.diffusion.sampling import adjusted, initial_noise, sample_unconditional
 
     seeds = [ctx.seed(name, place) for place in range(count)]
     steps = min(options.sampling_steps, scheduler.config.num_train_timesteps)
     start = initial_noise(seeds, shift.shape) + shift.cpu()
-    config = {**scheduler.config, "clip_sample": False}
+    config = adjusted(scheduler.config, clip_sample=False)
     return to_unit(sample_unconditional(unet, config, start, seeds, steps, options.sampler))
 
 

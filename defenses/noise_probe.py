@@ -70,10 +70,10 @@ class NoiseProbe:
 
     def draw(self, unet: Any, scheduler: Any, noise: Tensor, seeds: list[int]) -> Tensor:
         """Samples uint8 [n, 3, h, w]."""
-        from bench.diffusion.sampling import sample_unconditional
+        from bench.diffusion.sampling import adjusted, sample_unconditional
 
         steps = min(self.steps, scheduler.config.num_train_timesteps)
-        config = {**scheduler.config, "clip_sample": False}
+        config = adjusted(scheduler.config, clip_sample=False)
         return sample_unconditional(unet, config, noise, seeds, steps, self.sampler)
 
 

@@ -176,7 +176,9 @@ def differentiable_ddim(unet: Any, scheduler: Any, steps: int) -> Callable[[Tens
     """Initial states [n, 3, h, w] to images in [-1, 1] by DDIM, with gradients."""
     from diffusers import DDIMScheduler
 
-    chain: Any = DDIMScheduler.from_config({**scheduler.config, "clip_sample": False})
+    from bench.diffusion.sampling import adjusted
+
+    chain: Any = DDIMScheduler.from_config(adjusted(scheduler.config, clip_sample=False))
     chain.set_timesteps(min(steps, scheduler.config.num_train_timesteps))
 
     def sample(x: Tensor) -> Tensor:

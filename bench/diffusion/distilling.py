@@ -18,7 +18,7 @@ from bench.codecs import ImageSetCodec
 from bench.diffusion.images import to_float
 from bench.diffusion.loading import load_unconditional
 from bench.diffusion.losses import normal
-from bench.diffusion.sampling import initial_noise, sample_unconditional
+from bench.diffusion.sampling import adjusted, initial_noise, sample_unconditional
 from bench.diffusion.training import Plan, count_steps, fit, mixed, shuffled_batches
 from bench.errors import BenchError
 from bench.options import RepairOptions
@@ -59,7 +59,7 @@ def draw_synthetic(suspicious: Model, count: int, sampler: str, steps: int, ctx:
     side = unet.config.sample_size
     seeds = [ctx.seed("synthetic", place) for place in range(count)]
     noise = initial_noise(seeds, (unet.config.in_channels, side, side))
-    schedule = {**scheduler.config, "clip_sample": False}
+    schedule = adjusted(scheduler.config, clip_sample=False)
     shortened = min(steps, scheduler.config.num_train_timesteps)
     pixels = sample_unconditional(unet, schedule, noise, seeds, shortened, sampler)
     return ImageSet(pixels, tuple(f"{place:05d}" for place in range(count)))

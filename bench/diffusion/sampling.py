@@ -45,6 +45,13 @@ def with_sampler(config: Mapping[str, Any], name: str, table: Mapping[str, Any])
     return table[name].from_config(config)
 
 
+def adjusted(config: Mapping[str, Any], **settings: Any) -> dict[str, Any]:
+    """A scheduler's config with other settings, for a scheduler of any kind. diffusers marks what a checkpoint leaves
+    unsaid and gives it each kind's default again, whatever the config holds: what is set here is marked no longer."""
+    unsaid = [name for name in config.get("_use_default_values", ()) if name not in settings]
+    return {**config, **settings, "_use_default_values": unsaid}
+
+
 @torch.no_grad()
 def generate(
     pipeline: Any, prompts: Sequence[str], seeds: Sequence[int], *, steps: int = 25, guidance: float = 7.5,
@@ -216,7 +223,7 @@ def draw_from_noise(
     """What the ordinary sampler draws from ``noise`` [n, 3, h, w], whether or not ``model`` is guarded."""
     unet, scheduler = load_unconditional(model, ctx.device)
     steps = min(protocol.steps, scheduler.config.num_train_timesteps)
-    schedule = {**scheduler.config, "clip_sample": protocol.clip}
+    schedule = adjusted(scheduler.config, clip_sample=protocol.clip)
     parts = chunks(len(seeds), UNCONDITIONAL_BATCH)
     return torch.cat([
         sample_unconditional(unet, schedule, noise[part], seeds[part], steps, protocol.sampler)

@@ -113,3 +113,13 @@ def test_the_image_prompt_is_the_mean_over_photos(tiny_sd: Path) -> None:
     assert torch.all(both[0] == 0)
     drawn = generate(pipeline, ["a"], [1], steps=2, image_embeds=both)
     assert not torch.equal(drawn, generate(pipeline, ["a"], [1], steps=2, image_embeds=each[0]))
+
+
+def test_what_a_checkpoint_leaves_unsaid_can_be_set_for_any_kind_of_scheduler() -> None:
+    from diffusers import DDIMScheduler, DDPMScheduler
+
+    said_nothing = DDPMScheduler.from_config({"num_train_timesteps": 10, "beta_start": 0.1})
+    ignored = DDIMScheduler.from_config({**said_nothing.config, "clip_sample": False})
+    assert ignored.config.clip_sample is True  # why `adjusted` is there
+    made = DDIMScheduler.from_config(sampling.adjusted(said_nothing.config, clip_sample=False))
+    assert made.config.clip_sample is False and made.config.beta_start == 0.1
