@@ -45,7 +45,7 @@ def test_reports_reach_the_result_and_secrets_only_who_declares_them(tmp_path: P
     removed = blind.measurement("removed_share").value
     assert removed is not None and 0 < removed < 0.5
 
-    told = run(model, DiffCleanse(trigger="true", **REPAIR), tmp_path)
+    told = run(model, DiffCleanse(trigger="known", **REPAIR), tmp_path)
     assert told.measurement("model_flagged").value is None and told.measurement("removed_share").value
     chance = run(model, PruneRandom(**REPAIR), tmp_path)
     assert chance.measurement("removed_share").value == removed
