@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain, product, zip_longest
 from pathlib import Path
 from typing import Any
@@ -170,10 +171,14 @@ class Parts:
         return assemble(root, made, parts[METRICS].made, {name: parts[name].choice for name in SINGLE}, tuple(point),
                         self.resolve)
 
+    @cached_property
+    def _groups(self) -> frozenset[str]:
+        """Words that choose an option start with one of these."""
+        return frozenset((*chosen(self._config(())), "hydra"))
+
     def _found(self, point: Sequence[str]) -> tuple[Config, dict[str, Part]] | None:
-        groups = {*chosen(self._config(())), "hydra"}
         rest = tuple(word for word in point if part_of(word) not in PARTS)
-        options = tuple(word for word in rest if not is_value(word, groups))
+        options = tuple(word for word in rest if not is_value(word, self._groups))
         parts = {}
         for name in PARTS:
             part = self._part(name, options, tuple(word for word in point if word in options or part_of(word) == name))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.diffusion.images import to_uint8, to_unit
 from bench.diffusion.loading import load_pipeline
-from bench.diffusion.sampling import BATCH, SAMPLERS, chunks, generators, with_sampler
+from bench.diffusion.sampling import BATCH, SAMPLERS, adjusted, chunks, generators, with_sampler
 from bench.errors import BenchError
 from bench.records import Model
 
@@ -43,9 +43,9 @@ def open_editor(model: Model, kind: str, sampler: str, device: str = "cpu") -> A
     """The model in the diffusers pipeline class called ``kind``, without a safety checker. ``sampler`` draws, over the
     model's own noise schedule."""
     modules = load_pipeline(model, device).components
-    modules["scheduler"] = with_sampler(modules["scheduler"].config, sampler, SAMPLERS)
     # Where a schedule says nothing of it, samplers would cut latents to [-1, 1], which is the range of pixels.
-    modules["scheduler"].register_to_config(clip_sample=False)
+    schedule = adjusted(modules["scheduler"].config, clip_sample=False)
+    modules["scheduler"] = with_sampler(schedule, sampler, SAMPLERS)
     pipeline = getattr(diffusers, kind)(**modules, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
