@@ -70,7 +70,7 @@ class Line:
     """One defense on one board. ``rank`` is None where it is listed but not ranked, and then ``reason`` says why;
     ``tied``: its rank is shared. ``best``: share of resamplings in which it comes first. ``seconds``: of its own
     stage, mean over cells. ``scores`` and ``deltas`` by column name. ``surrogate``: the model it protected on, where
-    that is not the attacked one."""
+    that is not the attacked one. ``cells``: the ids of all cells behind it."""
 
     label: str
     name: str
@@ -87,6 +87,7 @@ class Line:
     best: float | None = None
     reason: str = ""
     surrogate: str = ""
+    cells: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -352,7 +353,8 @@ def make_line(
     knows = defense.facts.get("knows") or ()
     return Line(entry.label, defense.name, status, entry.control, tuple(map(str, knows)), entry.eps,
                 tuple(run.result.cell.seed for run in entry.finished), scores, deltas, cost(entry), reason=reason,
-                surrogate=surrogate.name if (surrogate := entry.cells[0].result.cell.surrogate) else "")
+                surrogate=surrogate.name if (surrogate := entry.cells[0].result.cell.surrogate) else "",
+                cells=tuple(id for run in entry.cells for id in run.cells))
 
 
 def estimate(entry: Entry, column: Column) -> Estimate:

@@ -26,11 +26,18 @@ from bench.stats import Point
 
 @dataclass(frozen=True)
 class Run:
-    """A result with its rows by measurement. ``lacks``: what a result that was made of several would have needed."""
+    """A result with its rows by measurement. ``lacks``: what a result that was made of several would have needed.
+    ``made_of``: the ids of those several, none for a cell that ran."""
 
     result: Result
     rows: Mapping[str, Sequence[SampleRow]]
     lacks: tuple[str, ...] = ()
+    made_of: tuple[str, ...] = ()
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The ids of all cells behind it."""
+        return self.made_of or (self.result.cell.id,)
 
 
 def read_run(folder: Path) -> Run:

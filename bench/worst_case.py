@@ -233,13 +233,15 @@ def worst_run(family: Family, under: Mapping[str, Run]) -> Run:
     base = next(iter(finished.values()), first).result
     cell = base.cell.model_copy(update=family.stand_ins)
     result = base.model_copy(update={"cell": cell, "measurements": []})
+    behind = tuple(dict.fromkeys(id for run in under.values() for id in run.cells))
     if not finished:
-        return Run(result, {})
+        return Run(result, {}, made_of=behind)
     if lacks := lacking(family, under):
-        return Run(result, {}, lacks)
+        return Run(result, {}, lacks, behind)
     sources = [finished[key] for key in family.places]
     worst = [made for m in base.measurements if (made := worst_measurement(m, sources, result, family))]
-    return Run(result.model_copy(update={"measurements": [m for m, _ in worst]}), {m.name: rows for m, rows in worst})
+    whole = result.model_copy(update={"measurements": [m for m, _ in worst]})
+    return Run(whole, {m.name: rows for m, rows in worst}, made_of=behind)
 
 
 def lacking(family: Family, under: Mapping[str, Run]) -> tuple[str, ...]:
