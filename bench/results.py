@@ -27,7 +27,7 @@ from pydantic import (
 
 from bench.errors import BenchError
 from bench.files import flush_folder, told, write_atomically
-from bench.identity import digest, plain
+from bench.identity import digest, file_digest, plain
 from bench.plugin import changed, facts_of, parameters
 from bench.records import Measurement
 
@@ -40,6 +40,9 @@ SCHEMA = 1
 RESULT, SAMPLES, IMAGES = "result.json", "samples.jsonl", "images"
 MEASURE = "measure"
 """The stage of a metric."""
+UNSEALED = ("seal", "cost", "provenance", "warnings")
+"""Parts of a result that its seal leaves out: they tell how it was found, and differ between runs that found the
+same."""
 Status = Literal["ok", "n/a", "failed"]
 
 
@@ -151,7 +154,11 @@ class SampleFile(Record):
 
 
 class Result(Record):
-    """``stamp``: what the whole result is not ("pipeline check, not a result"). ``reason``: why it is n/a."""
+    """``stamp``: what the whole result is not ("pipeline check, not a result"). ``reason``: why it is n/a.
+
+    ``image_hashes``: SHA-256 of the files of ``images``. ``seal``: see :func:`seal_of`. Results written before
+    these two existed lack them.
+    """
 
     schema_version: Literal[1] = Field(default=1, alias="schema")
     suite: str
@@ -167,6 +174,8 @@ class Result(Record):
     error: ErrorRecord | None = None
     samples: SampleFile | None = None
     images: list[str] = []
+    image_hashes: dict[str, str] = {}
+    seal: str = ""
 
     model_config = ConfigDict(populate_by_name=True)
 
@@ -292,15 +301,29 @@ def write_result(result: Result, rows: Sequence[SampleRow], images: Mapping[str,
         names = _write_images(images, folder / IMAGES)
         write_atomically(folder / SAMPLES, text)
         samples = SampleFile(rows=len(rows), sha256=hashlib.sha256(text.encode()).hexdigest(), layout="blocks")
-        whole = _validated(result, samples, names)
+        hashes = {name: file_digest(folder / IMAGES / name) for name in names}
+        whole = _validated(result, samples=samples.model_dump(), images=names, image_hashes=hashes)
         write_atomically(folder / RESULT, _dump(whole))
     return whole
 
 
-def _validated(result: Result, samples: SampleFile, images: list[str]) -> Result:
-    """Checked as a whole: ``model_copy`` alone checks nothing, nor do the free parts of a record."""
-    data = result.model_dump(by_alias=True)
-    return Result.model_validate({**data, "samples": samples.model_dump(), "images": images})
+def add_warnings(result: Result, warnings: Sequence[str], folder: Path) -> Result:
+    """Put ``warnings`` on a result that was written already; nothing else in its folder changes."""
+    whole = _validated(result, warnings=[*result.warnings, *warnings])
+    with told("results", folder):
+        write_atomically(folder / RESULT, _dump(whole))
+    return whole
+
+
+def _validated(result: Result, **fields: Any) -> Result:
+    """Sealed, and checked as a whole: ``model_copy`` alone checks nothing, nor do the free parts of a record."""
+    whole = Result.model_validate({**result.model_dump(by_alias=True), **fields})
+    return whole.model_copy(update={"seal": seal_of(whole)})
+
+
+def seal_of(result: Result) -> str:
+    """Digest of what was found, without how: the same for two runs that agree in every number, row and picture."""
+    return digest(result.model_dump(by_alias=True, exclude_defaults=True, exclude=set(UNSEALED)), length=64)
 
 
 def _dump(result: Result) -> str:
@@ -420,9 +443,14 @@ def rows_of(result: Result, folder: Path) -> list[SampleRow]:
         raise BenchError(f"results: {path} cannot be read: {error}.") from error
     if hashlib.sha256(data).hexdigest() != result.samples.sha256:
         raise BenchError(f"results: {path} is not the file that was written with its result (hash mismatch).")
+    return parse_rows(data, result.samples.layout, path)
+
+
+def parse_rows(data: bytes, layout: str, path: Path) -> list[SampleRow]:
+    """The rows in the bytes of ``samples.jsonl``, whose place is named in errors."""
     lines = b"[" + b",".join(data.splitlines()) + b"]"
     try:
-        if result.samples.layout == "rows":
+        if layout == "rows":
             return _rows().validate_json(lines)
         return [row for block in _blocks().validate_json(lines) for row in block.rows()]
     except ValidationError as error:

@@ -105,8 +105,8 @@ def finish(
     cell: Cell, settings: Settings, bench: Workbench, outcome: Outcome, found: Mapping[str, list[Measurement]],
     started: str,
 ) -> Result:
-    """Write the record of a cell that ran to its end, and mirror it to the tracker. What was measured before and is
-    not asked for now stays."""
+    """Write the record of a cell that ran to its end, then mirror it to the tracker, so that a tracker that hangs costs
+    nothing. What was measured before and is not asked for now stays."""
     record = cell_record(cell)
     everything = [m for ms in found.values() for m in ms]
     result = Result(
@@ -116,8 +116,8 @@ def finish(
     )
     folder = cell.folder(settings.results)
     result, rows = merged(result, sample_rows(everything), cell.metrics, folder)
-    result = mirrored(tracker_of(settings), result, rows, outcome.pictures, folder)
-    return write_result(result, rows, outcome.pictures, folder)
+    written = write_result(result, rows, outcome.pictures, folder)
+    return mirrored(tracker_of(settings), written, rows, outcome.pictures, folder)
 
 
 def tracker_of(settings: Settings) -> Tracker:

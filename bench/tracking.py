@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from bench.errors import unknown
-from bench.results import Result, SampleRow
+from bench.errors import BenchError, unknown
+from bench.results import Result, SampleRow, add_warnings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -141,11 +141,19 @@ def summary(result: Result) -> dict[str, Any]:
 
 def mirrored(tracker: Tracker, result: Result, rows: Sequence[SampleRow], images: Mapping[str, Tensor],
              folder: Path) -> Result:
-    """Mirror ``result``; returns it, with a warning added if the tracker failed."""
+    """Mirror ``result``, which lies in ``folder``; returns it, there and here with a warning if the tracker failed."""
     try:
         tracker.record(result, rows, images, folder)
     except Exception as error:
         message = f"tracking: {type(error).__name__}: {error}"
         log.warning(message)
-        return result.model_copy(update={"warnings": [*result.warnings, message]})
+        return _warned(result, message, folder)
     return result
+
+
+def _warned(result: Result, message: str, folder: Path) -> Result:
+    try:
+        return add_warnings(result, [message], folder)
+    except (BenchError, OSError) as error:  # the result itself lies there already, and is worth more than a note in it
+        log.warning("%s", error)
+        return result.model_copy(update={"warnings": [*result.warnings, message]})

@@ -2,13 +2,14 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench.errors import BenchError
+from bench.identity import file_digest
 from bench.plugin import REGISTRY, plugin
 from bench.records import Measurement, Row
 from bench.results import (
@@ -18,6 +19,7 @@ from bench.results import (
     PluginRecord,
     Result,
     SampleRow,
+    add_warnings,
     measurement_record,
     merged,
     plugin_record,
@@ -26,6 +28,7 @@ from bench.results import (
     read_rows,
     read_suite,
     sample_rows,
+    seal_of,
     write_result,
 )
 
@@ -128,7 +131,22 @@ def test_images(tmp_path: Path) -> None:
     written = write_result(result(), [], {"strip of ann": pixels}, tmp_path)
     assert written.images == ["strip-of-ann.png"]
     assert torch.equal(read_png(tmp_path / "images" / "strip-of-ann.png"), pixels)
+    assert written.image_hashes == {"strip-of-ann.png": file_digest(tmp_path / "images" / "strip-of-ann.png")}
     assert read_rows(tmp_path) == []
+
+
+def test_the_seal_is_of_what_was_found_not_of_how(tmp_path: Path) -> None:
+    one = write(tmp_path / "a", provenance={"host": "x"}, warnings=["built again"])
+    two = write(tmp_path / "b", provenance={"host": "y"})
+    assert one.seal == two.seal == seal_of(read_result(tmp_path / "a"))
+    other = write_result(result(), sample_rows([replace(MEASURED, rows=MEASURED.rows[:2])]), {}, tmp_path / "c")
+    assert other.seal != one.seal
+
+
+def test_a_warning_that_is_added_later_changes_nothing_else(tmp_path: Path) -> None:
+    before = write(tmp_path, warnings=["first"])
+    after = add_warnings(before, ["second"], tmp_path)
+    assert read_result(tmp_path) == after == before.model_copy(update={"warnings": ["first", "second"]})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

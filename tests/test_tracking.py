@@ -21,7 +21,9 @@ from bench.results import (
     Result,
     SampleRow,
     measurement_record,
+    read_result,
     sample_rows,
+    write_result,
 )
 from bench.tracking import (
     ListTracker,
@@ -94,10 +96,11 @@ class Broken:
 
 
 def test_a_failing_tracker_is_a_warning(tmp_path: Path) -> None:
-    before = result(warnings=["first"])
+    before = write_result(result(warnings=["first"]), [], {}, tmp_path)
     after = mirrored(Broken(), before, [], {}, tmp_path)
     assert after.warnings == ["first", "tracking: RuntimeError: no network"]
     assert after.model_copy(update={"warnings": ["first"]}) == before
+    assert read_result(tmp_path) == after, "the warning stands in the file, too"
 
 
 def test_a_disk_that_refuses_wandb_is_a_warning(tmp_path: Path) -> None:
