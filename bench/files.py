@@ -70,6 +70,12 @@ def flush_folder(folder: Path) -> None:
             os.close(handle)
 
 
+def look_again(folder: Path) -> None:
+    """Make a folder on a network drive show what other machines have put there: opening it asks the server."""
+    with contextlib.suppress(OSError):
+        os.close(os.open(folder, os.O_RDONLY))
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file that is either the old one or the new one, whole, whatever happens meanwhile."""
     data = content.encode() if isinstance(content, str) else content

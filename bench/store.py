@@ -1,8 +1,9 @@
 """Content-addressed artefacts: ask for a stage, get what it built, whether now or in an earlier run.
 
 A stage's key is made of everything that produced it and nothing else. Its folder ``<root>/<stage>/<key>`` appears
-in one rename when it is whole; a lock keeps processes from building the same thing twice, but correctness rests
-on the rename alone. On reuse each file is compared with the hash in the manifest.
+in one rename when it is whole; a lease keeps processes, on one machine or on many that share the folder, from
+building the same thing twice, but correctness rests on the rename alone. On reuse each file is compared with the hash
+in the manifest.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,14 +28,17 @@ from typing import Any, Generic, TypeVar
 
 from bench.context import Codec, Context, Progress, Share, no_progress
 from bench.errors import BenchError
-from bench.files import flush_file, flush_folder, told
+from bench.files import flush_file, flush_folder, look_again, told
 from bench.identity import canonical_json, digest, file_digest, plain
+from bench.lease import SUFFIX, Lease, birth
 
 T = TypeVar("T")
 MANIFEST = "manifest.json"
 LOCKS = "locks"
 DEBRIS_AGE = 3600.0
 """Seconds after which a temporary folder of another stage, whose process is dead, is removed."""
+FOREIGN_DEBRIS_AGE = 7 * 24 * DEBRIS_AGE
+"""The same for one that another machine made."""
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +94,8 @@ class Store:
         final = self.root / name / key
         if self._problem(final) is None:
             return _loaded(final, codec)
-        with told("store", self.root), self._lock(name, key):
+        with told("store", self.root), self._lease(name, key):
+            look_again(final.parent)
             problem = self._problem(final)
             if problem is None:
                 return _loaded(final, codec)
@@ -104,15 +109,10 @@ class Store:
         final = self.root / name / key
         return final if (final / MANIFEST).is_file() else None
 
-    @contextlib.contextmanager
-    def _lock(self, name: str, key: str) -> Iterator[None]:
-        from filelock import FileLock
-
-        locks = self.root / LOCKS
-        locks.mkdir(parents=True, exist_ok=True)
+    def _lease(self, name: str, key: str) -> Lease:
+        (self.root / LOCKS).mkdir(parents=True, exist_ok=True)
         (self.root / name).mkdir(exist_ok=True)
-        with FileLock(locks / f"{name}-{key}.lock"):
-            yield
+        return Lease(self.root / LOCKS / f"{name}-{key}{SUFFIX}", name)
 
     def _build(self, final: Path, described: dict[str, Any], build: Callable[[Context], T], codec: Codec[T],
                device: str, progress: Progress) -> Cost:
@@ -223,19 +223,22 @@ def verify(folder: Path) -> str | None:
 
 
 def clear_debris(final: Path) -> None:
-    """Remove temporary folders that dead processes of this machine left beside ``final``.
+    """Remove temporary folders that dead processes left beside ``final``.
 
-    Called under the lock of ``final``. Those of other stages go only when they are old, because this machine's
-    name may be shared by containers that do not see each other's processes.
+    Called under the lease of ``final``. Those of other stages go only when they are old, because this machine's
+    name may be shared by containers that do not see each other's processes; those of other machines when they are
+    very old, since a machine that was silent for long may still write.
     """
     for path in final.parent.glob(".*.*"):
         key, _, owner = path.name[1:].partition(".")
         host, _, rest = owner.partition("-")
         pid = rest.partition("-")[0]
-        if host != _host() or not pid.isdigit() or _alive(int(pid)):
+        here = host == _host()
+        if not pid.isdigit() or (here and birth(int(pid))):
             continue
         with contextlib.suppress(OSError):
-            if key == final.name or time.time() - path.stat().st_mtime > DEBRIS_AGE:
+            age = time.time() - path.stat().st_mtime
+            if (here and key == final.name) or age > (DEBRIS_AGE if here else FOREIGN_DEBRIS_AGE):
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -326,16 +329,6 @@ def _signature(folder: Path) -> object:
     """Changes when a file below ``folder`` is replaced or written to, as far as the file system tells."""
     stats = [(str(p), p.stat()) for p in [folder / MANIFEST, *_files(folder)] if p.is_file()]
     return tuple((name, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for name, s in stats)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
 
 
 def _host() -> str:
