@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 
     from bench.config import Cell
 
-MOVED = ("defense.", "attack.", "purifier.", "data.", "metrics.")
-"""Overrides of plugins that only a cell has: in a grid they go to the sweeper, not to the master config."""
+MOVED = ("defense.", "attack.", "purifier.", "data.", "metrics.", "only.", "also.")
+"""Overrides of plugins that only a cell has, and changes of a suite: in a grid they go to the sweeper, not to the
+master config."""
 
 HELP = """\
 bench - compose defense x attack x metric grids on diffusion models, run them, rank them
@@ -29,6 +30,8 @@ One cell      bench defense={defense} attack={attack}
 A grid        bench -m defense=none,{defense} attack={attack} seed=0,1,2
 A suite       bench -m experiment={suite}
               the same command again runs only what is missing
+              bench -m experiment={suite} only.seed=0 also.defense=<yours>
+              only. leaves out what is not chosen, also. adds a defense, attack, purifier or metric
 
 Verbs         bench list [kind]           plugins, with what they need and are told
               bench list models           checkpoints by name
@@ -259,6 +262,8 @@ def _raised_errors() -> Iterator[None]:
 
 def _arranged(words: list[str], many: bool) -> list[str]:
     """In a grid, overrides of plugin options go to the sweeper: only its cells have these plugins."""
+    if not many and (lost := [word for word in words if word.lstrip("+").startswith(("only.", "also."))]):
+        raise BenchError(f"{lost[0]}: changes a grid; add -m.")
     if not many:
         return words
     moved = [word for word in words if word.lstrip("+~").startswith(MOVED)]

@@ -26,7 +26,8 @@ from bench.config import Cell, Config, Settings, root_of, settings
 from bench.errors import BenchError
 from bench.launcher import PRELOAD, RUNNER, Ended, Pool, stamp, workers
 from bench.outcomes import failed, not_applicable, write
-from bench.planner import Planned, choices, expand, freeze, in_order, plan, resolve_cells, result_of
+from bench.planner import Planned, choices, chosen, expand, freeze, in_order, plan, resolve_cells, result_of
+from bench.suites import extended, fitting, kept, read_words
 
 logger = logging.getLogger(__name__)
 PREFIX = "hydra_plugins.bench."
@@ -126,9 +127,12 @@ class GridSweeper(Sweeper):
         """Plan, record, launch, report. Raises SystemExit(1) if any cell failed."""
         assert self.config is not None
         root, how = root_of(self.config), settings(self.config)
-        points = [point for words in self._experiments([*arguments, *self.also])
+        suite = read_words([*arguments, *self.also])
+        points = [point for words in self._experiments(list(suite.typed))
                   for point in expand(words, self._blocks(words))]
-        planned = plan(resolve_cells(points, self._compose), how.results, root.mode)
+        points = kept(points, suite, self._defaults()) if suite.only else points
+        found = plan(resolve_cells(extended(points, suite), self._compose), how.results, root.mode)
+        planned = fitting(found, points, suite)
         terminal.show_plan(planned)
         if not self.launch:
             return planned
@@ -147,6 +151,11 @@ class GridSweeper(Sweeper):
         blocks = OmegaConf.to_container(found)
         assert isinstance(blocks, list)
         return blocks
+
+    def _defaults(self) -> dict[str, str]:
+        """What a cell has that says nothing of a key."""
+        cfg = self._compose([])
+        return {**{str(key): str(cfg[key]) for key in cfg if key != "hydra"}, **chosen(cfg)}
 
     def _compose(self, words: Sequence[str]) -> DictConfig:
         assert self.hydra_context is not None and self.config is not None
