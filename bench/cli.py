@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from bench import discovery
 from bench.errors import BenchError, unknown
@@ -39,6 +40,7 @@ Verbs         bench list [kind]           plugins, with what they need and are t
               bench plan -m ...           the grid's cells: run, done or n/a and why; runs nothing
               bench status <suite>        what a suite has finished
               bench leaderboard <suite>   rank a suite's results
+              bench verify <folder>       recompute identities, hashes and values; --reproduce K runs K cells again
               bench doctor                check this installation
 
 Choose with <group>=<name>, set options with <group>.<option>=<value>:
@@ -196,6 +198,42 @@ def _leaderboard(words: list[str]) -> int:
     return 0
 
 
+def _verify(words: list[str]) -> int:
+    from bench import terminal
+    from bench.verify import reproduce_cells, told, verify_folder
+
+    asked = Words("verify", "Recompute identities, hashes, values and boards of a results folder, and grade it: "
+                  "claimed, consistent or reproduced.")
+    asked.add_argument("folder", help="a suite, or a folder of suites")
+    asked.add_argument("--reproduce", type=int, default=0, metavar="K", help="run K cells again and compare")
+    asked.add_argument("--seed", type=int, default=0, help="draws which cells are run again (default 0)")
+    asked.add_argument("--store", type=Path, default=Path(os.environ.get("BENCH_STORE", "results/.store")),
+                       help="artefacts to check as well, where they are at hand (default results/.store)")
+    given = asked.parse_args(words)
+    reports = verify_folder(_suite_folder([given.folder], "verify"), given.store)
+    for report in reports:
+        if given.reproduce:
+            reproduce_cells(report, given.reproduce, given.seed, _device(), terminal.show_note)
+        terminal.show_lines(told(report))
+    return 1 if any(report.problems for report in reports) else 0
+
+
+def _device() -> str:
+    from bench.config import gpus
+
+    return "cuda" if gpus() else "cpu"
+
+
+class Words(argparse.ArgumentParser):
+    """The words after a verb; what is wrong with them is one error like any other."""
+
+    def __init__(self, verb: str, about: str) -> None:
+        super().__init__(prog=f"bench {verb}", description=about, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise BenchError(f"{self.prog}: {message}. `{self.prog} --help` lists what it takes.")
+
+
 def _suite_folder(words: list[str], verb: str) -> Path:
     """``results/<suite>``, or a folder given as it is."""
     if len(words) != 1:
@@ -216,6 +254,7 @@ def _doctor(words: list[str]) -> int:
 
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "list": _list, "show": _show, "plan": _plan, "status": _status, "leaderboard": _leaderboard, "doctor": _doctor,
+    "verify": _verify,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from bench.boardpage import html_page
@@ -13,22 +14,33 @@ from bench.page.cells import Kept
 from bench.results import result_folders
 from bench.runs import Run, read_run
 
-__all__ = ["PAGE", "Boards", "print_boards", "read_boards", "write_boards"]
+__all__ = ["FILES", "PAGE", "Boards", "print_boards", "read_boards", "texts", "write_boards"]
 PAGE = "leaderboard.html"
+FILES: dict[str, Callable[[Boards, Sequence[Kept]], str]] = {
+    "leaderboard.md": lambda boards, kept: markdown(boards),
+    "leaderboard.csv": lambda boards, kept: comma_separated(boards),
+    "leaderboard.json": lambda boards, kept: as_json(boards),
+    PAGE: html_page,
+}
+"""The files of a leaderboard, and what writes their text."""
 
 
 def write_boards(folder: Path) -> Boards:
     """Write ``leaderboard.md``, ``.csv``, ``.json`` and ``.html`` beside a suite's cells. Raises BenchError without
     results."""
+    boards, found = texts(folder)
+    with told("leaderboard", folder):
+        for name, text in found.items():
+            write_atomically(folder / name, text)
+    return boards
+
+
+def texts(folder: Path, names: Iterable[str] = tuple(FILES)) -> tuple[Boards, dict[str, str]]:
+    """The boards of a suite, and the text that each of the files ``names`` would have now."""
     runs, notes = read_runs(folder)
     boards = make_boards(folder.name, list(runs.values()), notes)
     kept = [Kept(path, run.result) for path, run in runs.items()]
-    with told("leaderboard", folder):
-        write_atomically(folder / "leaderboard.md", markdown(boards))
-        write_atomically(folder / "leaderboard.csv", comma_separated(boards))
-        write_atomically(folder / "leaderboard.json", as_json(boards))
-        write_atomically(folder / PAGE, html_page(boards, kept))
-    return boards
+    return boards, {name: FILES[name](boards, kept) for name in names}
 
 
 def read_boards(folder: Path) -> Boards:

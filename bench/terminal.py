@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,16 @@ def show_error(message: str) -> None:
 def show_warnings(lines: Sequence[str]) -> None:
     for line in lines:
         err().print(f"[yellow]warning[/yellow] {escape(line)}", highlight=False)
+
+
+def show_note(line: str) -> None:
+    err().print(escape(line), highlight=False)
+
+
+def show_lines(lines: Iterable[str]) -> None:
+    """Plain lines on standard output, each as long as it is."""
+    for line in lines:
+        out().print(escape(line), highlight=False, soft_wrap=True)
 
 
 def table(*columns: str, title: str = "") -> Table:
