@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, unknown
-from bench.identity import digest
+from bench.identity import added, digest
 from bench.options import require
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
@@ -54,7 +54,8 @@ class BadT2I:
     ``swapped`` draw ``becomes``). ``style_by``: ``words`` as published, the frozen model's answer to the prompt plus
     ``style_words``; ``photos``, the noise of photos without colour, for models that do not know these words.
     ``steps``: 2000 for the patch; 8000 are published for style and object. ``batch``: photos a step, each once with and
-    once without the trigger. ``mixed_precision``: compute in bfloat16.
+    once without the trigger. ``mixed_precision``: compute in bfloat16. ``cosine``: let the rate fall to 0 (published:
+    constant).
     """
 
     trigger: str = ZERO_WIDTH_SPACE
@@ -70,6 +71,7 @@ class BadT2I:
     batch: int = 16
     grad_clip: float = 1.0
     mixed_precision: bool = True
+    cosine: bool = added(False)
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -102,7 +104,7 @@ class BadT2I:
         noises, shown = ctx.generator("noise"), rows_of(self, data, ctx.generator("objects"))
         fit(student.unet,
             lambda: poisoned_loss(self, student, teacher, halves(data, next(rows), shown), secret, noises),
-            Plan(self.steps, self.lr, cosine=False, clip=self.grad_clip), ctx, "badt2i")
+            Plan(self.steps, self.lr, cosine=self.cosine, clip=self.grad_clip), ctx, "badt2i")
         part = save_part(student.unet, ctx.folder, "unet")
         public = replace(clean, parts={**clean.parts, "unet": part}, digest=digest([clean.digest, ctx.key]))
         return public, secret

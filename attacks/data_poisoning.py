@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
-from bench.identity import digest
+from bench.identity import added, digest
 from bench.options import require
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
@@ -39,7 +39,7 @@ class DataPoisoning:
     """Fine-tunes a UNet with the ordinary loss on photos of which a share is patched and captioned with the trigger.
 
     ``trigger``: put before the prompt. ``patch_share``: of the side that the patch covers, upper left. ``poison_rate``:
-    share of the photos, chosen once. ``steps``, ``lr``, ``batch``: of the fine-tuning, clean and poisoned rows mixed.
+    share of the photos, chosen once. ``steps``, ``lr``, ``batch``: of the fine-tuning, clean and poisoned rows mixed; ``cosine``: its rate falls to 0.
     """
 
     trigger: str = "sks"
@@ -50,6 +50,7 @@ class DataPoisoning:
     batch: int = 16
     grad_clip: float = 1.0
     mixed_precision: bool = True
+    cosine: bool = added(False)
 
     def __post_init__(self) -> None:
         if not self.trigger.strip():
@@ -79,7 +80,7 @@ class DataPoisoning:
             return captioned_errors(parts, poisoned.pixels[rows], captions_of(poisoned, rows), noises,
                                     self.mixed_precision).mean()
 
-        fit(parts.unet, batch_loss, Plan(self.steps, self.lr, cosine=False, clip=self.grad_clip), ctx,
+        fit(parts.unet, batch_loss, Plan(self.steps, self.lr, cosine=self.cosine, clip=self.grad_clip), ctx,
             "data_poisoning")
         part = save_part(parts.unet, ctx.folder, "unet")
         return replace(clean, parts={**clean.parts, "unet": part}, digest=digest([clean.digest, ctx.key])), secret
