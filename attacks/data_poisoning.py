@@ -39,7 +39,8 @@ class DataPoisoning:
     """Fine-tunes a UNet with the ordinary loss on photos of which a share is patched and captioned with the trigger.
 
     ``trigger``: put before the prompt. ``patch_share``: of the side that the patch covers, upper left. ``poison_rate``:
-    share of the photos, chosen once. ``steps``, ``lr``, ``batch``: of the fine-tuning, clean and poisoned rows mixed; ``cosine``: its rate falls to 0.
+    share of the photos, chosen once. ``steps``, ``lr``, ``batch``: of the fine-tuning, clean and poisoned rows mixed;
+    ``cosine``: the rate falls to 0.
     """
 
     trigger: str = "sks"
