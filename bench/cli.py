@@ -41,6 +41,7 @@ Verbs         bench list [kind]           plugins, with what they need and are t
               bench status <suite>        what a suite has finished
               bench leaderboard <suite>   rank a suite's results
               bench verify <folder>       recompute identities, hashes and values; --reproduce K runs K cells again
+              bench new-plugin <kind> <name>  write a package with a plugin of your own
               bench doctor                check this installation
 
 Choose with <group>=<name>, set options with <group>.<option>=<value>:
@@ -252,8 +253,18 @@ def _doctor(words: list[str]) -> int:
     return examine()
 
 
+def _new_plugin(words: list[str]) -> int:
+    from bench.scaffold import new_plugin
+
+    wanted = new_plugin(words)
+    print(f"Wrote {wanted.folder}: your method goes into src/{wanted.module}.py. Next:")
+    print("".join(f"  {command}\n" for command in wanted.commands()), end="")
+    return 0
+
+
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "list": _list, "show": _show, "plan": _plan, "status": _status, "leaderboard": _leaderboard, "doctor": _doctor,
+    "new-plugin": _new_plugin,
     "verify": _verify,
 }
 

@@ -1,0 +1,152 @@
+"""``bench new-plugin``: write a package with one working plugin, its tests and the commands that put it on a board."""
+
+from __future__ import annotations
+
+import importlib.util
+import keyword
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench.errors import BenchError, unknown
+from bench.plugin import GROUPS, REGISTRY, TRACKS
+
+KINDS = ("defense", "attack", "metric")
+TEMPLATES = Path(__file__).parent / "templates"
+USAGE = "bench new-plugin: give a kind and a name, for example bench new-plugin defense mine. " \
+        f"Kinds: {', '.join(KINDS)}; options: --track {'|'.join(TRACKS)}, --folder <where>."
+SOURCES = {
+    ("defense", "customization"): "defense_images", ("defense", "editing"): "defense_images",
+    ("defense", "backdoor"): "defense_model", ("attack", "customization"): "attack_customization",
+    ("attack", "editing"): "attack_editing", ("attack", "backdoor"): "attack_backdoor",
+    ("metric", "customization"): "metric_images", ("metric", "editing"): "metric_images",
+    ("metric", "backdoor"): "metric_backdoor",
+}
+"""Kind and track -> template."""
+FAST = {"attack_customization": ", options={\"steps\": 2}", "attack_backdoor": ", options={\"steps\": 2, \"batch\": 4}",
+        "defense_images": ", apart=True"}
+"""What the test hands to the conformance kit. `apart`: each photo is protected by itself."""
+CELLS = {"customization": "experiment=quickstart only.attack=zero_shot only.defense=none,noise",
+         "backdoor": "experiment=quickstart only.attack=baddiffusion_quick only.defense=none"}
+"""The quickstart's cheapest cells of a track."""
+EDITS = {"defense": "model=micro-ip2p attack=instruct_pix2pix_micro defense=none,noise,{name}",
+         "attack": "model=micro-sd-a attack={name} defense=none,noise",
+         "metric": "model=micro-ip2p attack=instruct_pix2pix_micro defense=none,noise metrics=[edit_success,{name}]"}
+"""The quickstart suite has no edits: a grid of its own."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What was asked for. ``folder``: where the package goes."""
+
+    kind: str
+    name: str
+    track: str
+    folder: Path
+
+    @property
+    def module(self) -> str:
+        return f"bench_{self.name}"
+
+    @property
+    def template(self) -> str:
+        return SOURCES[self.kind, self.track]
+
+    @property
+    def grid(self) -> str:
+        """The command that puts the plugin on a board, without ``bench -m``."""
+        if self.track == "editing":
+            return f"data=micro_edits {EDITS[self.kind].format(name=self.name)} suite={self.suite}"
+        return f"{CELLS[self.track]} also.{GROUPS.get(self.kind, self.kind)}={self.name}"
+
+    @property
+    def suite(self) -> str:
+        return f"{self.name}_edits" if self.track == "editing" else "quickstart"
+
+    def commands(self) -> list[str]:
+        """From the package to a board."""
+        return [f"pip install -e {self.folder}", f"pytest {self.folder}", f"bench -m {self.grid}",
+                f"bench leaderboard {self.suite}"]
+
+
+def new_plugin(words: Sequence[str]) -> Wanted:
+    """Check the words and write the package; raises BenchError before anything is written."""
+    wanted = read_words(words)
+    check(wanted)
+    write(wanted)
+    return wanted
+
+
+def read_words(words: Sequence[str]) -> Wanted:
+    """``KIND NAME [--track T] [--folder F]``, options anywhere."""
+    plain, options, left = [], {"--track": "customization", "--folder": ""}, list(words)
+    while left:
+        word, _, value = left.pop(0).partition("=")
+        if word in options:
+            if not value and not left:
+                raise BenchError(f"{word} lacks a value. {USAGE}")
+            options[word] = value or left.pop(0)
+        elif word.startswith("-"):
+            raise unknown("option", word, "bench new-plugin", options)
+        else:
+            plain.append(word)
+    if len(plain) != 2:
+        raise BenchError(USAGE)
+    return Wanted(*plain, options["--track"], Path(options["--folder"] or plain[1]))
+
+
+def check(wanted: Wanted) -> None:
+    """Kind and track exist, the name is free and fit for Python, the folder is empty."""
+    if wanted.kind not in KINDS:
+        raise unknown("kind", wanted.kind, "bench new-plugin", KINDS)
+    if wanted.track not in TRACKS:
+        raise unknown("track", wanted.track, "bench new-plugin", TRACKS)
+    name = wanted.name
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or keyword.iskeyword(name):
+        raise BenchError(f"bench new-plugin: '{name}' cannot be a plugin's name; give lower-case letters, digits and "
+                         "_, starting with a letter, and no word of Python's own.")
+    if owner := taken(wanted):
+        raise BenchError(f"bench new-plugin: the name '{name}' is taken by {owner}; give another one.")
+    if wanted.folder.exists() and (not wanted.folder.is_dir() or any(wanted.folder.iterdir())):
+        raise BenchError(f"bench new-plugin: '{wanted.folder}' is there and not an empty folder; give another place "
+                         "with --folder, or another name.")
+
+
+def taken(wanted: Wanted) -> str:
+    """Who has the name already, "" if nobody: a plugin of the kind, a preset, or an installed module."""
+    from bench.config import config_folder
+
+    if (wanted.kind, wanted.name) in REGISTRY.facts:
+        return f"the {wanted.kind} {REGISTRY.facts[wanted.kind, wanted.name].origin}"
+    preset = config_folder() / GROUPS.get(wanted.kind, wanted.kind) / f"{wanted.name}.yaml"
+    if preset.is_file():
+        return f"the preset {preset.parent.name}/{preset.name}"
+    return f"the installed module {wanted.module}" if importlib.util.find_spec(wanted.module) else ""
+
+
+def write(wanted: Wanted) -> None:
+    """The package's files, from the templates."""
+    told = values(wanted)
+    for template, target in (("pyproject.toml", "pyproject.toml"), ("README.md", "README.md"),
+                             (f"{wanted.template}.py", f"src/{wanted.module}.py"),
+                             ("test.py", f"tests/test_{wanted.name}.py")):
+        path = wanted.folder / target
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(filled((TEMPLATES / f"{template}.txt").read_text(), told))
+
+
+def values(wanted: Wanted) -> dict[str, str]:
+    """What the templates leave open."""
+    article = "An" if wanted.kind == "attack" else "A"
+    return {
+        "name": wanted.name, "kind": wanted.kind, "group": wanted.kind, "module": wanted.module,
+        "Class": "".join(part.capitalize() for part in wanted.name.split("_")),
+        "distribution": wanted.module.replace("_", "-"), "A kind": f"{article} {wanted.kind}",
+        "commands": "\n".join(wanted.commands()), "arguments": FAST.get(wanted.template, ""),
+    }
+
+
+def filled(text: str, told: Mapping[str, str]) -> str:
+    """The text with every ``{{word}}`` replaced."""
+    return re.sub(r"\{\{([^}]+)\}\}", lambda found: told[found[1]], text)
