@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,9 +33,10 @@ CELLS, SAID = "<!--cells-->", "<!--left-out-->"
 def html_page(boards: Boards, kept: Sequence[Kept], largest: int = LARGEST) -> str:
     """The page. ``kept``: every cell behind the boards."""
     tracks = make_tracks(boards, {one.result.cell.id: one.result for one in kept})
-    page = rendered(boards, tracks)
+    met = ordered(kept, cells_of(tracks))
+    page = rendered(boards, tracks, {one.result.cell.id: place for place, one in enumerate(met)})
     room = largest - len(page.encode())
-    island, album, brief = make_island(ordered(kept, cells_of(tracks)), int(room * FOR_CELLS), room)
+    island, album, brief = make_island(met, int(room * FOR_CELLS), room)
     said = "; ".join(text for text in (album.told(), left_out(brief)) if text)
     return page.replace(CELLS, island, 1).replace(SAID, f"<p class=\"note\">{said}.</p>" if said else "", 1)
 
@@ -50,8 +51,8 @@ def cells_of(tracks: Sequence[Track]) -> list[str]:
             for grid in board.grids for row in grid.rows for id in row.cells]
 
 
-def rendered(boards: Boards, tracks: Sequence[Track]) -> str:
-    """The page without its cells."""
+def rendered(boards: Boards, tracks: Sequence[Track], places: Mapping[str, int]) -> str:
+    """The page without its cells, to which lines point by their ``places``."""
     from markupsafe import Markup
 
     style, script = own("page.css"), own("page.js")
@@ -59,7 +60,7 @@ def rendered(boards: Boards, tracks: Sequence[Track]) -> str:
         "suite": boards.suite, "overview": boardtext.overview(boards), "stamps": boards.stamps, "notes": boards.notes,
         "legend": boardtext.LEGEND, "tracks": tracks, "style": Markup(style), "script": Markup(script),
         "style_hash": fingerprint(style), "script_hash": fingerprint(script), "cells": Markup(CELLS),
-        "left_out": Markup(SAID),
+        "left_out": Markup(SAID), "places": lambda ids: " ".join(str(places[id]) for id in ids if id in places),
     }
     return template().render(known).lstrip()
 

@@ -1,7 +1,6 @@
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  const cells = new Map(data.cells.map((cell) => [cell.id, cell]));
   const all = (selector, within = document) => [...within.querySelectorAll(selector)];
 
   /* Texts always become text nodes: nothing that a result says can become an element. */
@@ -50,6 +49,7 @@
   const filter = document.getElementById("filter");
   const toggle = document.getElementById("controls");
   const LISTED = 60;
+  const SMALL = 256;
   let listed = LISTED;
 
   const words = () => filter.value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -95,7 +95,7 @@
       body.rows[1].remove();
       return;
     }
-    const found = button.dataset.cells.split(" ").map((id) => cells.get(id)).filter(Boolean);
+    const found = button.dataset.cells.split(" ").filter(Boolean).map((place) => data.cells[Number(place)]);
     const panel = make("div", { class: "panel" }, ...cellList(found));
     const row = make("tr", { class: "detail" }, make("td", { colspan: body.rows[0].cells.length }, panel));
     body.append(row);
@@ -153,8 +153,9 @@
       return make("p", { class: "sub" }, name, `: ${image.why}`);
     }
     const shows = image.rows.length ? `top to bottom: ${image.rows.join(", ")}` : image.said || image.name;
-    const picture = make("img", { src: image.src, width: image.width, height: image.height,
-      alt: `${cell.defense}, ${shows}`, decoding: "async" });
+    const times = image.width <= SMALL ? 2 : 1;
+    const picture = make("img", { src: image.src, width: image.width * times, height: image.height * times,
+      alt: `${cell.defense}, ${shows}`, decoding: "async", ...(times > 1 ? { class: "twice" } : {}) });
     const labels = make("ol", { class: "rows" }, ...image.rows.map((row) => make("li", {}, row)));
     const said = [image.name.replace(/\.png$/, ""), image.said].filter(Boolean).join(" · ");
     const frame = make("div", { class: "frame" }, image.rows.length ? labels : "", picture);
@@ -189,10 +190,12 @@
     const rows = (cell.numbers ?? []).map(([place, value, low, high, n, units, reason]) => {
       const what = data.measures[place];
       const name = `${what.name}${arrows.get(what.better) ?? ""}`;
-      const interval = low === null ? "" : `[${short(low)}, ${short(high)}]`;
-      return [name, reason || `${short(value)} ${interval}`, what.unit, `${n} of ${units}`, code(what.hash)];
+      const interval = low === null || low === undefined ? "" : `[${short(low)}, ${short(high)}]`;
+      const unit = what.unit ? make("span", { class: "sub" }, ` ${what.unit}`) : "";
+      const shown = value === null ? make("span", { class: "sub" }, reason) : short(value);
+      return [make("span", {}, name, unit), shown, interval, `${n} of ${units}`, code(what.hash)];
     });
-    return rows.length ? table(["measurement", "value", "unit", "n of units", "protocol hash"], rows) : "none";
+    return rows.length ? table(["measurement", "value", "95 % interval", "n of units", "protocol hash"], rows) : "none";
   }
 
   function stages(cell) {
@@ -204,12 +207,12 @@
   function parameters(cell) {
     const rows = (cell.plugins ?? []).map((place) => {
       const one = data.plugins[place];
-      const changed = one.changed.length ? `not default: ${one.changed.join(", ")}` : "";
-      const source = [one.paper, one.official_code].filter(Boolean).join(" · ");
-      const name = `${one.label} (version ${one.version})`;
-      return [one.kind, name, said(one.parameters) || "none", changed, source];
+      const told = [said(one.parameters), one.changed.length ? `not default: ${one.changed.join(", ")}` : "",
+        one.summary, one.paper, one.official_code].filter(Boolean);
+      const name = make("p", {}, make("strong", {}, one.label), ` version ${one.version}`);
+      return [one.kind, make("div", {}, name, ...told.map((text) => make("p", { class: "sub" }, text)))];
     });
-    return table(["kind", "plugin", "parameters", "", "paper and code"], rows);
+    return table([], rows);
   }
 
   function table(head, rows) {

@@ -291,6 +291,7 @@ EXPLAINED = {
     "rank": "1 is best; = is shared, for the difference may be chance",
     "ε": "largest change of a pixel, in 0–255 levels",
     "P(best)": "share of resamplings in which the line comes first",
+    "rank 95 %": "between which ranks the line lies when units and seeds are resampled",
     "cost": "seconds of the defense's own stage, when it was built",
 }
 
