@@ -38,9 +38,10 @@ Verbs         bench list [kind]           plugins, with what they need and are t
               bench list models           checkpoints by name
               bench show <kind>/<name>    one plugin: paper, options, defaults
               bench plan -m ...           the grid's cells: run, done or n/a and why; runs nothing
-              bench status <suite>        what a suite has finished
+              bench status <suite>        what a suite has finished and what runs; --watch: live
               bench leaderboard <suite>   rank a suite's results
               bench verify <folder>       recompute identities, hashes and values; --reproduce K runs K cells again
+              bench send <suite>          send results and board to Weights & Biases, offline or --online
               bench new-plugin <kind> <name>  write a package with a plugin of your own
               bench doctor                check this installation
 
@@ -185,17 +186,26 @@ def _plan(words: list[str]) -> int:
 
 def _status(words: list[str]) -> int:
     from bench import terminal
-    from bench.planner import read_plan
+    from bench.live import Watch
 
-    lines = read_plan(_suite_folder(words, "status"))
-    terminal.show_status(lines)
-    return 1 if any(line["status"] == "failed" for line in lines) else 0
+    asked = Words("status", "What of a suite's plan is finished, what runs and what failed.")
+    asked.add_argument("suite", help="a suite below results/, or its folder")
+    asked.add_argument("-w", "--watch", action="store_true", help="live, until no sweep is at work")
+    given = asked.parse_args(words)
+    watch = Watch(_suite_folder([given.suite], "status"))
+    if given.watch:
+        last = terminal.watch_status(watch.until_over())
+    else:
+        last = watch.look()
+        terminal.show_status(last)
+    return 1 if last is not None and "failed" in last.count() else 0
 
 
 def _leaderboard(words: list[str]) -> int:
     from bench.leaderboard import print_boards, write_boards
 
-    print_boards(write_boards(_suite_folder(words, "leaderboard")))
+    folder = _suite_folder(words, "leaderboard")
+    print_boards(write_boards(folder), folder=folder)
     return 0
 
 
@@ -217,6 +227,28 @@ def _verify(words: list[str]) -> int:
             reproduce_cells(report, given.reproduce, given.seed, _device(), terminal.show_note)
         terminal.show_lines(told(report))
     return 1 if any(report.problems for report in reports) else 0
+
+
+def _send(words: list[str]) -> int:
+    from bench import terminal
+    from bench.config import Tracker
+    from bench.sending import send_suite
+    from bench.tracking import WandbTracker
+
+    asked = Words("send", "Send a finished suite to Weights & Biases: a run per cell, the board, and where files lie. "
+                  "What was sent before is not sent again.")
+    asked.add_argument("suite", help="a suite below results/, or its folder")
+    asked.add_argument("--online", action="store_true", help="send now (default: write runs for `wandb sync`)")
+    asked.add_argument("--project", default=Tracker().project, help="W&B project (default %(default)s)")
+    asked.add_argument("--entity", help="W&B user or team (default: yours)")
+    given = asked.parse_args(words)
+    folder = _suite_folder([given.suite], "send")
+    mode = "online" if given.online else "offline"
+    sent = send_suite(folder, WandbTracker(given.project, mode, given.entity), terminal.show_error)
+    terminal.show_lines([f"{folder}: {sent.told()}"])
+    if sent.new and not given.online:
+        terminal.show_lines([f"upload with: wandb sync {folder}/wandb/offline-run-*"])
+    return 1 if sent.failed else 0
 
 
 def _device() -> str:
@@ -265,7 +297,7 @@ def _new_plugin(words: list[str]) -> int:
 VERBS: dict[str, Callable[[list[str]], int]] = {
     "list": _list, "show": _show, "plan": _plan, "status": _status, "leaderboard": _leaderboard, "doctor": _doctor,
     "new-plugin": _new_plugin,
-    "verify": _verify,
+    "verify": _verify, "send": _send,
 }
 
 
@@ -280,7 +312,7 @@ def _hydra(words: list[str], multirun: bool = False) -> int:
     store_schema()
     register()
     many = multirun or any(word in ("-m", "--multirun") for word in words)
-    sys.argv = ["bench", *_arranged(words, many)]
+    sys.argv = ["bench", *_arranged([_short(word) for word in words], many)]
     app = hydra.main(version_base="1.3", config_path=str(config_folder()), config_name="config")(job)
     traced = os.environ.get("HYDRA_FULL_ERROR") == "1"
     try:
@@ -320,6 +352,13 @@ def _arranged(words: list[str], many: bool) -> list[str]:
     kept = [word for word in words if word not in (*moved, "-m", "--multirun")]
     also = ",".join(_quoted(word) for word in moved)
     return ["--multirun", *kept, f"hydra.sweeper.also=[{also}]"] if moved else ["--multirun", *kept]
+
+
+def _short(word: str) -> str:
+    """``launcher=joblib`` for Hydra's ``hydra/launcher=joblib``, ``launcher.x=1`` for ``hydra.launcher.x=1``."""
+    if word.startswith("launcher="):
+        return f"hydra/{word}"
+    return f"hydra.{word}" if word.startswith("launcher.") else word
 
 
 def _quoted(word: str) -> str:

@@ -65,6 +65,8 @@ def read_runs(folder: Path) -> tuple[dict[Path, Run], list[str]]:
     return runs, notes
 
 
-def print_boards(boards: Boards, width: int | None = None) -> None:
-    """Show boards on the terminal, in tables that fit it (at most 120 columns)."""
+def print_boards(boards: Boards, width: int | None = None, folder: Path | None = None) -> None:
+    """Show boards on the terminal, in tables that fit it (at most 120 columns), and where their page lies."""
     print_terminal(boards, width)
+    if folder is not None:
+        print(f"Page: {folder / PAGE}")

@@ -1,12 +1,14 @@
-"""The planning sweeper and the default launcher, as Hydra plugins.
+"""The planning sweeper, as a Hydra plugin.
 
-The one place that touches Hydra's private side: Hydra 1.3 runs only plugins whose name starts with ``hydra_plugins.``,
-so ``register`` files ours under such a name, while the classes stay importable from here by other processes.
+This and `bench.launchers` touch Hydra's private side: Hydra 1.3 runs only plugins whose name starts with
+``hydra_plugins.``, so ``register`` files ours under such a name, while the classes stay importable from here by other
+processes.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,13 +26,15 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from bench import terminal
 from bench.config import Cell, Config, Settings, root_of, settings
 from bench.errors import BenchError
-from bench.launcher import PRELOAD, RUNNER, Ended, Pool, stamp, workers
+from bench.files import told
+from bench.launcher import SWEEP, Ended, running_folder, stamp
+from bench.launchers import PREFIX, CellLauncher, register_launchers
+from bench.lease import SUFFIX, announced
 from bench.outcomes import failed, not_applicable, write
 from bench.planner import Planned, choices, chosen, expand, freeze, in_order, plan, resolve_cells, result_of
 from bench.suites import extended, fitting, kept, read_words
 
 logger = logging.getLogger(__name__)
-PREFIX = "hydra_plugins.bench."
 
 
 @dataclass
@@ -42,69 +46,15 @@ class SweeperConf:
     also: list[str] = field(default_factory=list)
 
 
-@dataclass
-class WorkersConf:
-    """``runner``: the function that runs a cell, as ``module:function``. ``preload``: the module that the fork server
-    imports once for all cells."""
-
-    _target_: str = f"{PREFIX}WorkersLauncher"
-    runner: str = RUNNER
-    preload: str = PRELOAD
-
-
 class PlanChanged(BenchError):
     """A job whose own cell is not the one that was planned."""
 
 
 def register() -> None:
-    """Make ``hydra/sweeper=bench`` and ``hydra/launcher=workers`` known to Hydra."""
-    plugins = Plugins.instance()
-    for plugin in (GridSweeper, WorkersLauncher):
-        plugins.class_name_to_class[PREFIX + plugin.__name__] = plugin
-    store = ConfigStore.instance()
-    store.store(group="hydra/sweeper", name="bench", node=SweeperConf, provider="bench")
-    store.store(group="hydra/launcher", name="workers", node=WorkersConf, provider="bench")
-
-
-class WorkersLauncher(Launcher):
-    """One process per cell on this machine, ``workers`` at a time."""
-
-    def __init__(self, runner: str = RUNNER, preload: str = PRELOAD) -> None:
-        self.runner, self.preload = runner, preload
-        self.config: DictConfig | None = None
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.config = config
-
-    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        raise BenchError("hydra/launcher=workers: runs cells of the sweeper `bench` only; leave hydra/sweeper unset.")
-
-    def run(self, cells: Sequence[Cell], how: Settings, root: Config, progress: Progress) -> list[Ended]:
-        """Run planned cells; they are handed over as they were planned, nothing is composed again."""
-        pool = Pool(how, workers(root.workers, how.device), root.time_limit, root.on_error == "stop", self.runner,
-                    (self.preload,))
-        progress.workers = pool.workers
-        return pool.run(cells, progress.report)
-
-
-@dataclass
-class Progress:
-    """One line per cell that ends, with the time that the rest may take."""
-
-    total: int
-    workers: int = 1
-    started: float = field(default_factory=time.monotonic)
-    spent: list[float] = field(default_factory=list)
-
-    def report(self, ended: Ended, left: int) -> None:
-        self.spent.append(ended.seconds)
-        reason = f": {ended.reason}" if ended.reason else ""
-        logger.info("[%*d/%d] %-6s %s (%.1f s)%s%s", len(str(self.total)), self.total - left, self.total, ended.status,
-                    ended.cell.title(), ended.seconds, reason, self._eta(left))
-
-    def _eta(self, left: int) -> str:
-        seconds = sum(self.spent) / len(self.spent) * left / max(1, min(self.workers, left))
-        return f" · {left} left, about {terminal.duration(seconds)}" if left else ""
+    """Make ``hydra/sweeper=bench`` and our launchers known to Hydra."""
+    Plugins.instance().class_name_to_class[f"{PREFIX}GridSweeper"] = GridSweeper
+    ConfigStore.instance().store(group="hydra/sweeper", name="bench", node=SweeperConf, provider="bench")
+    register_launchers()
 
 
 class GridSweeper(Sweeper):
@@ -162,8 +112,9 @@ class GridSweeper(Sweeper):
         return self.hydra_context.config_loader.load_sweep_config(self.config, list(words))
 
     def _record(self, planned: Sequence[Planned], how: Settings) -> None:
-        for path in freeze(planned, how.results):
-            logger.info("Plan: %s", path)
+        with told("results", how.results):
+            for path in freeze(planned, how.results):
+                logger.info("Plan: %s", path)
         for one in planned:
             if one.todo == "n/a":
                 write(not_applicable(one.cell, one.reason), how.results)
@@ -171,10 +122,11 @@ class GridSweeper(Sweeper):
     def _run(self, cells: Sequence[Cell], how: Settings, root: Config) -> list[Ended]:
         if not cells:
             return []
-        progress = Progress(len(cells))
-        if isinstance(self.launcher, WorkersLauncher):
-            return self.launcher.run(in_order(cells), how, root, progress)
-        return self._run_elsewhere(in_order(cells), how)
+        name = f"{SWEEP}{secrets.token_hex(4)}{SUFFIX}"
+        with announced(running_folder(how.results / cells[0].suite) / name, str(how.store)):
+            if isinstance(self.launcher, CellLauncher):
+                return self.launcher.run(in_order(cells), how, root)
+            return self._run_elsewhere(in_order(cells), how)
 
     def _run_elsewhere(self, cells: Sequence[Cell], how: Settings) -> list[Ended]:
         """Under one of Hydra's own launchers a job composes its config when it starts, so it gets the planned id."""
@@ -214,12 +166,12 @@ def finish(planned: Sequence[Planned], ended: Sequence[Ended], how: Settings) ->
 
 
 
-
 def _board(folder: Path) -> None:
     """A board that cannot be made, say because no cell has a result yet, hides no failure."""
     from bench.leaderboard import print_boards, write_boards
 
     try:
-        print_boards(write_boards(folder))
+        with told("leaderboard", folder):
+            print_boards(write_boards(folder), folder=folder)
     except BenchError as error:
         logger.warning("%s", error)
