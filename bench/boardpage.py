@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 LARGEST = 8_000_000
 """Bytes that a page aims to stay below: pictures, then details of cells, give way to the boards."""
-FOR_CELLS = 0.6
-"""Share of what the boards leave that cells may fill without their pictures."""
+FOR_NOTE = 300
+"""Bytes of what is said of that."""
 FOLDER = Path(__file__).parent / "page"
 CELLS, SAID = "<!--cells-->", "<!--left-out-->"
 """Marks in the rendered template; no text from results can hold one, for its < is escaped."""
@@ -35,8 +35,7 @@ def html_page(boards: Boards, kept: Sequence[Kept], largest: int = LARGEST) -> s
     tracks = make_tracks(boards, {one.result.cell.id: one.result for one in kept})
     met = ordered(kept, cells_of(tracks))
     page = rendered(boards, tracks, {one.result.cell.id: place for place, one in enumerate(met)})
-    room = largest - len(page.encode())
-    island, album, brief = make_island(met, int(room * FOR_CELLS), room)
+    island, album, brief = make_island(met, largest - len(page.encode()) - FOR_NOTE)
     said = "; ".join(text for text in (album.told(), left_out(brief)) if text)
     return page.replace(CELLS, island, 1).replace(SAID, f"<p class=\"note\">{said}.</p>" if said else "", 1)
 

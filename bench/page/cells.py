@@ -13,9 +13,11 @@ from typing import Any
 from urllib.parse import quote
 
 from bench.identity import canonical_json
-from bench.page.pictures import Album
+from bench.page.pictures import Album, entry
 from bench.results import RESULT, MeasurementRecord, PluginRecord, Result
 
+FOR_TEXT = 0.6
+"""Share of their room that cells may fill without their pictures."""
 OWN = ("started", "ended", "overrides")
 """Provenance that no two cells share."""
 
@@ -56,27 +58,31 @@ class Island:
         return {name: pool.values for name, pool in vars(self).items()}
 
 
-def make_island(kept: Sequence[Kept], room: int, album_room: int) -> tuple[str, Album, int]:
-    """All cells as JSON for a script element, in at most about ``room`` bytes without pictures and ``album_room`` of
-    pictures; with the album, and how many cells are only named for want of room."""
-    island, told = Island(), []
+def make_island(kept: Sequence[Kept], room: int) -> tuple[str, Album, int]:
+    """All cells as JSON for a script element, in about ``room`` bytes: a part of it at most without pictures, which
+    get the rest; with the album, and how many cells are only named for want of room."""
+    island, told, texts = Island(), [], room * FOR_TEXT
     for one in kept:
         short = brief(one)
-        whole = {**short, **detailed(one.result, island)} if room > 0 else short
+        whole = {**short, **detailed(one.result, island)} if texts > 0 else short
         told.append(whole)
-        room -= len(_dumped(whole))
-    album = Album(album_room + min(room, 0))
+        texts -= size_of(whole)
+    album = Album(room - size_of({**island.pools(), "cells": told}))
     add_pictures(kept, told, album)
     return script_json({**island.pools(), "cells": told}), album, sum("stages" not in one for one in told)
 
 
 def add_pictures(kept: Sequence[Kept], told: Sequence[dict[str, Any]], album: Album) -> None:
-    """The first picture of every cell before the second of any."""
-    most = max((len(one.result.images) for one in kept), default=0)
-    for place in range(most):
-        for one, cell in zip(kept, told, strict=True):
-            if place < len(one.result.images):
-                cell.setdefault("images", []).append(album.entry(one.result.images[place], one.folder))
+    """What all pictures are called takes room first; then the first of every cell comes before the second of any."""
+    entries = []
+    for one, cell in zip(kept, told, strict=True):
+        found = [entry(name, one.folder) for name in one.result.images]
+        entries += [(place, shown, path) for place, (shown, path) in enumerate(found)]
+        if found:
+            cell["images"] = [shown for shown, _ in found]
+    album.room -= sum(size_of(shown) for _, shown, _ in entries)
+    for _, shown, path in sorted(entries, key=lambda one: one[0]):
+        shown.update(album.embed(path))
 
 
 def brief(kept: Kept) -> dict[str, Any]:
@@ -137,11 +143,12 @@ def ordered(kept: Iterable[Kept], first: Iterable[str]) -> list[Kept]:
 
 def script_json(value: object) -> str:
     """JSON that no text inside can end the script element of, or open a comment in."""
-    text = _dumped(value)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for sign in "<>&\u2028\u2029":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
 
 
-def _dumped(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+def size_of(value: object) -> int:
+    """Bytes on the page."""
+    return len(script_json(value).encode())

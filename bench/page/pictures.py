@@ -15,6 +15,8 @@ from bench.results import IMAGES
 
 SIDE, QUALITY = 768, 80
 """Longest side of an embedded picture in pixels, and how hard WebP squeezes it."""
+FRAME = 60
+"""Bytes around an embedded picture: its name as a field, width and height, or why it is left out."""
 LARGEST_FILE, LARGEST_AREA = 32_000_000, 40_000_000
 """Bytes of a file and pixels of a picture beyond which it is not opened."""
 PHOTOS = ("original", "protected", "perturbation ×10", "generated")
@@ -37,31 +39,20 @@ class Album:
     embedded: int = 0
     lost: int = 0
 
-    def entry(self, name: str, folder: Path) -> dict[str, Any]:
-        """One picture as the page needs it: ``src`` where it is embedded, ``link`` where it is only on disk."""
-        rows, said = STRIPS.get(name.removesuffix(".png").partition("-")[0], ((), ""))
-        shown: dict[str, Any] = {"name": name, "rows": rows, "said": said}
-        path = stored(name, folder)
+    def embed(self, path: Path | None) -> dict[str, Any]:
+        """The picture as a data URI, or why there is none. After the first without room, no other is tried."""
         if path is None:
             self.lost += 1
-            return {**shown, "why": "not kept in this folder"}
-        shown["link"] = f"{quote(folder.name)}/{IMAGES}/{quote(path.name)}"
-        if self.room <= 0:
-            self.left_out += 1
-            return {**shown, "why": "left out of the page"}
-        return {**shown, **self.embed(path)}
-
-    def embed(self, path: Path) -> dict[str, Any]:
-        found = small(path)
+            return {"why": "not kept in this folder"}
+        found = small(path) if self.room > 0 else ("", 0, 0)
         if found is None:
             self.lost += 1
             return {"why": "no picture that can be shown"}
         source, width, height = found
-        if len(source) > self.room:
+        self.room -= len(source) + FRAME
+        if self.room <= 0:
             self.left_out += 1
-            self.room = 0
             return {"why": "left out of the page"}
-        self.room -= len(source)
         self.embedded += 1
         return {"src": source, "width": width, "height": height}
 
@@ -71,6 +62,16 @@ class Album:
                 ] if self.left_out else []
         said += [f"pictures not in this folder: {self.lost}"] if self.lost else []
         return "; ".join(said)
+
+
+def entry(name: str, folder: Path) -> tuple[dict[str, Any], Path | None]:
+    """What the page says of a picture that a result names, and its file."""
+    rows, said = STRIPS.get(name.removesuffix(".png").partition("-")[0], ((), ""))
+    shown: dict[str, Any] = {"name": name, "rows": rows, "said": said}
+    path = stored(name, folder)
+    if path:
+        shown["link"] = f"{quote(folder.name)}/{IMAGES}/{quote(path.name)}"
+    return shown, path
 
 
 def stored(name: str, folder: Path) -> Path | None:
