@@ -59,7 +59,8 @@ class Mistakes:
 class Detector:
     """One defense on a detection board. ``tpr``, ``fpr``, ``accuracy``: at ``threshold``, which comes from
     ``calibration`` other clean models; ``own_tpr``, ``own_fpr``: by the defense's own rule. ``by_attack``: tpr by the
-    attack's name. ``lacks``: models that others scored and it did not, and why. ``seconds``: of its own stage."""
+    attack's name. ``lacks``: models that others scored and it did not, and why. ``seconds``: of its own stage.
+    ``cells``: the ids of those that it scored."""
 
     label: str
     name: str
@@ -79,6 +80,7 @@ class Detector:
     mistakes: tuple[Mistakes, ...]
     seconds: float | None
     lacks: tuple[str, ...] = ()
+    cells: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,7 @@ def make_detector(
         by_attack={name: share([over(s, limit) for s in poisoned if s.group == name])
                    for name in sorted({s.group for s in poisoned})},
         mistakes=tuple(mistakes(judged, limit)), seconds=math.fsum(s.seconds for s in suspects) / len(suspects),
-        lacks=lacks,
+        lacks=lacks, cells=tuple(run.result.cell.id for run in models.values() if scores_models(run)),
     )
 
 
