@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median
 
 from bench.detection import DetectionBoard, make_detection, population_key, scores_models
 from bench.identity import canonical_json, digest
@@ -31,11 +32,13 @@ from bench.runs import (
 from bench.stats import (
     Difference,
     Estimate,
+    Placing,
     Point,
+    detectable,
     holm,
     mean_interval,
     paired_difference,
-    share_of_wins,
+    placings,
 )
 from bench.switches import Switch, Variant, find_switches
 from bench.worst_case import ALL_ATTACKS, Family, Matrix, attackers, families, make_matrix, worst_runs
@@ -43,6 +46,8 @@ from bench.worst_case import ALL_ATTACKS, Family, Matrix, attackers, families, m
 DEFENSE_STAGES = ("protect", "repair")
 """Stages whose cost is the defense's."""
 ALPHA = 0.05
+Sample = tuple[int, str, str]
+"""Seed, unit and name of a sample."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +62,36 @@ class Column:
 
 @dataclass(frozen=True)
 class Delta:
-    """A paired difference to a control. ``mark``: ``*`` if its interval excludes 0, ``**`` if the sign-flip test,
-    after Holm's correction over all such comparisons of defenses in the column, says so too."""
+    """A paired difference to a control. ``mark``: ``*`` if its interval excludes 0, ``**`` if it is beyond 0 after
+    Holm's correction over all such comparisons of defenses in the column, too; ``p_holm``: its p after correction;
+    ``detectable``: the smallest difference found with 80 % power at the level of the correction's first step."""
 
     control: str
     difference: Difference
-    mark: str
+    mark: str = ""
+    p_holm: float | None = None
+    detectable: float | None = None
+
+
+@dataclass(frozen=True)
+class Power:
+    """What so few units could have seen in the ranking column, given the spread of the paired differences to controls:
+    the difference found with 80 % power, in the median over ``comparisons``. ``corrected``: at ``level``, the first
+    step of Holm's correction, from ``least`` to ``most``; ``single``: at 5 %, without correction."""
+
+    units: int
+    comparisons: int
+    level: float
+    corrected: float
+    least: float
+    most: float
+    single: float
 
 
 @dataclass(frozen=True)
 class Line:
     """One defense on one board. ``rank`` is None where it is listed but not ranked, and then ``reason`` says why;
-    ``tied``: its rank is shared. ``best``: share of resamplings in which it comes first. ``seconds``: of its own
+    ``tied``: its rank is shared. ``placing``: its rank when units and seeds are resampled. ``seconds``: of its own
     stage, mean over cells. ``scores`` and ``deltas`` by column name. ``surrogate``: the model it protected on, where
     that is not the attacked one. ``cells``: the ids of all cells behind it."""
 
@@ -84,7 +107,7 @@ class Line:
     seconds: float | None
     rank: int | None = None
     tied: bool = False
-    best: float | None = None
+    placing: Placing | None = None
     reason: str = ""
     surrogate: str = ""
     cells: tuple[str, ...] = ()
@@ -96,7 +119,8 @@ class Table:
 
     ``family``: shared by boards that differ in purifier alone. ``worst_of``: of a worst-case board, the purifiers or
     attackers, and ``matrix`` shows each of them. ``unpurified``: the board of photos as they were published.
-    ``switches``: what single options of the defenses do, in the ranking column.
+    ``switches``: what single options of the defenses do, in the ranking column; ``power``: what differences there could
+    have been seen.
     """
 
     id: str
@@ -115,6 +139,7 @@ class Table:
     worst_of: tuple[str, ...] = ()
     matrix: Matrix | None = None
     switches: tuple[Switch, ...] = ()
+    power: Power | None = None
 
 
 @dataclass(frozen=True)
@@ -231,7 +256,7 @@ def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
     controls.sort(key=lambda e: (len(e.cells[0].result.cell.defense.parameters), e.label))
     wanted, lost = expected(entries, columns), hopeless(entries, columns)
     lines = [make_line(entry, columns, controls, wanted, lost) for entry in entries]
-    lines = rank([corrected(line, marks(lines)) for line in lines], entries, columns)
+    lines = rank(corrected(lines), entries, columns)
     names = tuple(dict.fromkeys(entry.cells[0].result.cell.defense.name for entry in controls))
     variants = [Variant(entry.label, entry.cells[0].result.cell, entry.points[columns[0].name])
                 for entry in entries if columns]
@@ -239,7 +264,7 @@ def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
         digest([group_key(runs[0].result), protocol]), cell.track, cell.model.name, cell.data.label,
         cell.attack.label, cell.purifier.label if cell.purifier else "none", cell.protocol, tuple(columns), names,
         tuple(lines), tuple(missing(lines, columns)), unpurified=does_nothing(cell.purifier),
-        switches=find_switches(variants, ALPHA),
+        switches=find_switches(variants, ALPHA), power=power(lines, columns),
     )
 
 
@@ -308,17 +333,18 @@ def measured(run: Run, column: Column) -> MeasurementRecord | None:
     return found if found and found.protocol_hash == column.protocol_hash else None
 
 
-def expected(entries: Sequence[Entry], columns: Sequence[Column]) -> set[tuple[int, str]]:
-    """The (seed, unit) pairs that a ranked line must have: those of the controls, or of anyone if there are none."""
+def expected(entries: Sequence[Entry], columns: Sequence[Column]) -> set[Sample]:
+    """What a ranked line must have: all that the controls have, or that anyone has if there are none."""
     if not columns:
         return set()
     of_controls = [covered(entry, columns[0]) for entry in entries if entry.control]
     return set().union(*of_controls) or set().union(*(covered(entry, columns[0]) for entry in entries))
 
 
-def covered(entry: Entry, column: Column) -> set[tuple[int, str]]:
-    """What there is of a column, by seed and unit."""
-    return {(run.result.cell.seed, point.unit) for run in entry.finished for point in find_points([run], column)}
+def covered(entry: Entry, column: Column) -> set[Sample]:
+    """What there is of a column."""
+    return {(run.result.cell.seed, point.unit, point.sample)
+            for run in entry.finished for point in find_points([run], column)}
 
 
 def hopeless(entries: Sequence[Entry], columns: Sequence[Column]) -> set[tuple[int, str]]:
@@ -343,7 +369,7 @@ def ranking_rows(entry: Entry, column: Column) -> list[tuple[int, SampleRow]]:
 
 
 def make_line(
-    entry: Entry, columns: Sequence[Column], controls: Sequence[Entry], wanted: set[tuple[int, str]],
+    entry: Entry, columns: Sequence[Column], controls: Sequence[Entry], wanted: set[Sample],
     lost: set[tuple[int, str]],
 ) -> Line:
     defense = entry.cells[0].result.cell.defense
@@ -382,33 +408,49 @@ def differences(entry: Entry, column: Column, controls: Sequence[Entry]) -> list
         fair = [c for c in same if None in (c.eps, entry.eps) or c.eps == entry.eps]
         control = fair[0] if fair else None
         if control is not None and control is not entry and entry not in same:
-            found.append(Delta(name, paired_difference(entry.points[column.name], control.points[column.name]), ""))
+            found.append(Delta(name, paired_difference(entry.points[column.name], control.points[column.name])))
     return found
 
 
-def marks(lines: Sequence[Line]) -> dict[tuple[str, str, str], str]:
-    """The mark of each difference, by column, line and control."""
-    found = {}
-    for name in lines[0].scores if lines else ():
-        deltas = {(name, line.label, d.control): d.difference for line in lines for d in line.deltas[name]}
-        defenses = {line.label for line in lines if not line.control}
-        tested = {key: d.p for key, d in deltas.items() if d.p is not None and key[1] in defenses}
-        adjusted = dict(zip(tested, holm(list(tested.values())), strict=True))
-        for key, difference in deltas.items():
-            sure = "**" if adjusted.get(key, 1.0) < ALPHA else "*"
-            found[key] = sure if difference.excludes_zero else ""
-    return found
+def corrected(lines: Sequence[Line]) -> list[Line]:
+    """The lines with what Holm's correction says of their differences: column by column, over all comparisons of
+    defenses with controls."""
+    names = list(lines[0].scores) if lines else []
+    judged = {name: judge([line for line in lines if not line.control], name) for name in names}
+    return [replace(line, deltas={name: tuple(marked(delta, judged[name].get((line.label, delta.control)))
+                                              for delta in line.deltas[name]) for name in names}) for line in lines]
 
 
-def corrected(line: Line, found: Mapping[tuple[str, str, str], str]) -> Line:
-    """The line with the marks on its differences."""
-    deltas = {name: tuple(Delta(d.control, d.difference, found[name, line.label, d.control]) for d in of)
-              for name, of in line.deltas.items()}
-    return Line(**{**vars(line), "deltas": deltas})
+def judge(defenses: Sequence[Line], column: str) -> dict[tuple[str, str], tuple[float, float | None]]:
+    """Of every difference that can be tested, by line and control: the corrected p, and what could have been seen."""
+    tested = {(line.label, d.control): d.difference for line in defenses for d in line.deltas[column]}
+    tested = {key: difference for key, difference in tested.items() if difference.p is not None}
+    adjusted = holm([difference.p or 0.0 for difference in tested.values()])
+    return {key: (p, detectable(difference, ALPHA / len(tested)))
+            for (key, difference), p in zip(tested.items(), adjusted, strict=True)}
+
+
+def marked(delta: Delta, judged: tuple[float, float | None] | None) -> Delta:
+    p, least = judged or (None, None)
+    sure = "**" if p is not None and p < ALPHA else "*"
+    return replace(delta, mark=sure if delta.difference.excludes_zero else "", p_holm=p, detectable=least)
+
+
+def power(lines: Sequence[Line], columns: Sequence[Column]) -> Power | None:
+    """None where nothing ranks, or where no comparison with a control has a spread."""
+    if not columns or columns[0].higher_is_better is None:
+        return None
+    deltas = [d for line in lines if not line.control for d in line.deltas[columns[0].name] if d.p_holm is not None]
+    seen = [d.detectable for d in deltas if d.detectable]
+    alone = [one for d in deltas if (one := detectable(d.difference, ALPHA))]
+    if not seen:
+        return None
+    return Power(min(d.difference.units for d in deltas), len(deltas), ALPHA / len(deltas), median(seen), min(seen),
+                 max(seen), median(alone))
 
 
 def standing(
-    entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str]], lost: set[tuple[int, str]],
+    entry: Entry, columns: Sequence[Column], wanted: set[Sample], lost: set[tuple[int, str]],
 ) -> tuple[str, str]:
     """``ok``, ``incomplete``, ``n/a`` or ``failed``, and why."""
     broken = [run.result for run in entry.cells if run.result.status == "failed"]
@@ -426,18 +468,21 @@ def first_line(message: str) -> str:
 
 
 def gaps(
-    entry: Entry, columns: Sequence[Column], wanted: set[tuple[int, str]], lost: set[tuple[int, str]],
+    entry: Entry, columns: Sequence[Column], wanted: set[Sample], lost: set[tuple[int, str]],
 ) -> list[str]:
     """What the ranking column of an entry lacks; ``lost`` samples only where it has nothing else either."""
     if not columns:
         return ["nothing was measured"]
     have = covered(entry, columns[0])
-    rows = ranking_rows(entry, columns[0])
-    empty = sum(row.value is None and not (have and (seed, row.sample) in lost) for seed, row in rows)
-    seeds = sorted({seed for seed, _ in wanted} - {seed for seed, _ in have})
-    units = wanted - have - {pair for pair in wanted if pair[0] in seeds}
+    valueless = {(seed, row.sample) for seed, row in ranking_rows(entry, columns[0]) if row.value is None}
+    empty = len(valueless - lost if have else valueless)
+    seeds = sorted({seed for seed, _, _ in wanted} - {seed for seed, _, _ in have})
+    pairs, met = ({(seed, unit) for seed, unit, _ in of} for of in (wanted, have))
+    units = {pair for pair in pairs - met if pair[0] not in seeds}
+    absent = [one for one in wanted - have if one[:2] in met and (one[0], one[2]) not in valueless]
     found = [f"seed {', '.join(map(str, seeds))} missing"] if seeds else []
-    found += [f"{len(units)} of {len(wanted)} units missing"] if units else []
+    found += [f"{len(units)} of {len(pairs)} units missing"] if units else []
+    found += [f"{len(absent)} of {len(wanted)} samples missing"] if absent else []
     return found + ([f"{empty} samples without a value"] if empty else [])
 
 
@@ -450,7 +495,8 @@ def cost(entry: Entry) -> float | None:
 
 def rank(lines: Sequence[Line], entries: Sequence[Entry], columns: Sequence[Column]) -> list[Line]:
     """Complete lines best first, then the others. A line shares the rank of the one that leads its group when the
-    interval of their paired difference includes 0, or when there are too few units for an interval."""
+    interval of their paired difference includes 0, or when there are too few units for an interval. Each such
+    comparison is made at 5 %; what is left of it after correction, the marks of differences to controls say."""
     if not columns or columns[0].higher_is_better is None:
         return sorted(lines, key=lambda line: (line.status, line.label))
     name, sign = columns[0].name, -1 if columns[0].higher_is_better else 1
@@ -465,8 +511,8 @@ def rank(lines: Sequence[Line], entries: Sequence[Entry], columns: Sequence[Colu
         leader = complete[places[-1] - 1] if places else line
         ahead = i and paired_difference(points[line.label], points[leader.label]).excludes_zero
         places.append(i + 1 if ahead or not i else places[-1])
-    best = share_of_wins({x.label: points[x.label] for x in complete}, sign > 0) if len(complete) > 1 else {}
-    ranked = [Line(**{**vars(x), "rank": place, "tied": places.count(place) > 1, "best": best.get(x.label)})
+    drawn = placings({x.label: points[x.label] for x in complete}, sign > 0) if len(complete) > 1 else {}
+    ranked = [replace(x, rank=place, tied=places.count(place) > 1, placing=drawn.get(x.label))
               for x, place in zip(complete, places, strict=True)]
     return ranked + sorted((x for x in lines if x.status != "ok"), key=lambda x: (x.status != "incomplete", x.label))
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from bench.boards import Boards, Column, Delta, Line, Table
+from bench.boards import Boards, Column, Delta, Line, Power, Table
 from bench.detection import DetectionBoard, Detector, Mistakes
 from bench.stats import Difference, Estimate
 from bench.worst_case import Matrix, MatrixRow
@@ -28,13 +28,15 @@ DETAILED = 3
 """Purifiers of one attack up to which each has its board on the page; of more, only the unpurified one has."""
 DASH = "–"
 LEGEND = (
-    "Arrows point to where the defender wants to be. Brackets: 95 % intervals, resampled over units (subjects, or "
-    "implanted models), not images; none is given below 3 units.",
+    "Arrows point to where the defender wants to be. Brackets: 95 % intervals over units (subjects, or implanted "
+    "models) and seeds, not images: t intervals with clustered standard errors, Wilson's for shares; none is given "
+    "below 3 units.",
     "Δ: paired difference to a control at the same budget, on the same units, seeds and samples. * the interval "
-    "excludes 0, which on few units is weak; ** an exact sign-flip test with Holm's correction agrees (it needs 6 "
-    "units, and more where many defenses are compared).",
-    "Defenses share a rank (=) where their paired difference includes 0. P(best): the share of resamplings in which "
-    "the line comes first. cost: seconds of the defense's own stage, when it was built.",
+    "excludes 0; ** it is beyond 0, too, after Holm's correction over all such comparisons of the column.",
+    "Defenses share a rank (=) with the first of their group where the interval of their paired difference includes 0; "
+    "that is not corrected for the number of lines. Ranks are given under full coverage and one protocol only. "
+    "P(best) and rank 95 %: how often the line comes first, and between which ranks it lies, when units and seeds are "
+    "resampled for all lines together. cost: seconds of the defense's own stage, when it was built.",
 )
 
 
@@ -115,6 +117,13 @@ def place(line: Line) -> str:
     return DASH if line.rank is None else f"{line.rank}{'=' if line.tied else ''}"
 
 
+def rank_range(line: Line) -> str:
+    if line.placing is None:
+        return DASH
+    low, high = line.placing.low, line.placing.high
+    return f"{low}" if low == high else f"{low}{DASH}{high}"
+
+
 def ran(table: Table) -> list[Line]:
     """Lines with a number; the others stand among those that are not ranked."""
     return [line for line in table.lines if line.status in ("ok", "incomplete")
@@ -138,19 +147,19 @@ def ranking(table: Table) -> Sheet:
     column, lines = table.columns[0], ran(table)
     decimals = places([line.scores[column.name].value for line in lines])
     budgets, sizes = any(line.eps is not None for line in lines), not common_size(table)
-    certain = any(line.best is not None for line in lines)
+    certain = any(line.placing is not None for line in lines)
     head = ["rank", "defense", *(["ε"] if budgets else []), heading(column), *(f"Δ {c}" for c in table.controls),
-            *(["P(best)"] if certain else []), *(["n"] if sizes else []), "cost"]
+            *(["P(best)", "rank 95 %"] if certain else []), *(["n"] if sizes else []), "cost"]
     rows = []
     for line in lines:
         deltas = {d.control: d for d in line.deltas[column.name]}
         budget = Shown(DASH if line.eps is None else f"{line.eps:g}")
-        best = Shown(DASH if line.best is None else f"{line.best:.0%}")
+        placing = [Shown(DASH if line.placing is None else f"{line.placing.first:.0%}"), Shown(rank_range(line))]
         rows.append((
             Shown(place(line)), about(line), *([budget] if budgets else []),
             shown_score(line.scores[column.name], decimals),
             *(shown_delta(deltas.get(control), decimals) for control in table.controls),
-            *([best] if certain else []), *([Shown(sample_size(line, column))] if sizes else []),
+            *(placing if certain else []), *([Shown(sample_size(line, column))] if sizes else []),
             Shown(seconds(line.seconds)),
         ))
     return Sheet(f"Ranked by {column.name}", tuple(head), tuple(rows))
@@ -236,7 +245,21 @@ def sheets(table: Table, across: int) -> list[Sheet]:
 
 
 def notes(table: Table) -> list[str]:
-    return [*(table.matrix.notes if table.matrix else ()), *table.notes]
+    seen = [power_note(table.power, table.columns[0])] if table.power else []
+    return [*seen, *(table.matrix.notes if table.matrix else ()), *table.notes]
+
+
+def power_note(power: Power, column: Column) -> str:
+    """What a difference this n could have seen."""
+    decimals = places([power.corrected])
+    corrected, least, most, single = (number(value, decimals) for value in (
+        power.corrected, power.least, power.most, power.single))
+    many = f"the {power.comparisons} comparisons" if power.comparisons > 1 else "the one comparison"
+    spread = f" (median; {least} to {most} by line)" if least != most else ""
+    whole = f", {single} without correction" if power.comparisons > 1 else ""
+    return (f"Power: with {power.units} units and the spread seen here, a difference in {column.name} to a control of "
+            f"{corrected}{spread} would have been found with 80 % probability after correction for {many}{whole}; "
+            "smaller ones may be there, unseen.")
 
 
 def sections(tables: Sequence[Table]) -> Iterator[tuple[Table, list[Table], list[str]]]:
@@ -482,10 +505,12 @@ def drawn(sheet: Sheet) -> Any:
 HEAD = (
     "board", "part", "track", "model", "data", "attack", "purifier", "defense", "surrogate", "control", "knows", "eps",
     "status", "rank",
-    "tied", "reason", "seeds", "measurement", "unit", "better", "value", "low", "high", "n", "units",
+    "tied", "p_best", "rank_mean", "rank_low", "rank_high",
+    "reason", "seeds", "measurement", "unit", "better", "value", "low", "high", "n", "units",
     "missing_because", "seconds", "protocol_hash",
 )
-DELTA_HEAD = ("control_name", "difference", "difference_low", "difference_high", "difference_units", "p", "mark")
+DELTA_HEAD = ("control_name", "difference", "difference_low", "difference_high", "difference_units", "p", "mark",
+              "p_holm", "detectable")
 
 
 def comma_separated(boards: Boards) -> str:
@@ -544,7 +569,7 @@ def csv_switches(table: Table) -> Iterator[list[object]]:
 def csv_rows(table: Table, line: Line, column: Column | None) -> Iterator[list[object]]:
     where = [table.id, "board", table.track, table.model, table.data, table.attack, table.purifier, line.label,
              line.surrogate, int(line.control), " ".join(line.knows), line.eps, line.status, line.rank, int(line.tied),
-             line.reason, " ".join(map(str, line.seeds))]
+             *placing_data(line), line.reason, " ".join(map(str, line.seeds))]
     if column is None:
         yield [_data(v) for v in [*where, *[None] * (len(HEAD) - len(where) + len(DELTA_HEAD))]]
         return
@@ -554,8 +579,14 @@ def csv_rows(table: Table, line: Line, column: Column | None) -> Iterator[list[o
             line.seconds, column.protocol_hash]
     for delta in line.deltas[column.name] or (None,):
         d = delta.difference if delta else None
-        more = [delta.control, d.value, d.low, d.high, d.units, d.p, delta.mark] if delta and d else [None] * 7
+        more = [delta.control, d.value, d.low, d.high, d.units, d.p, delta.mark, delta.p_holm,
+                delta.detectable] if delta and d else [None] * len(DELTA_HEAD)
         yield [_data(v) for v in [*where, *what, *more]]
+
+
+def placing_data(line: Line) -> list[float | None]:
+    found = line.placing
+    return [found.first, found.mean, found.low, found.high] if found else [None] * 4
 
 
 def as_json(boards: Boards) -> str:

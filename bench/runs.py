@@ -110,8 +110,8 @@ def is_mean(measured: MeasurementRecord, rows: Sequence[SampleRow]) -> bool:
 
 def points_of(run: Run, name: str) -> list[Point]:
     """The samples of one measurement that have a value."""
-    seed = run.result.cell.seed
-    return [Point(unit_of(run.result, row), f"{seed}/{row.sample}", row.value)
+    nested, seed = run.result.cell.track == "backdoor", str(run.result.cell.seed)
+    return [Point(unit_of(run.result, row), row.sample, row.value, "" if nested else seed)
             for row in run.rows.get(name, ()) if row.value is not None]
 
 

@@ -62,7 +62,7 @@ def _digest(model: ModelRecord | None) -> str:
 
 
 def marked(switches: Sequence[Switch], alpha: float) -> list[Switch]:
-    """With ``*`` where the interval excludes 0, and ``**`` where the corrected sign-flip test says so too."""
+    """With ``*`` where the interval excludes 0, and ``**`` where it is beyond 0 after correction, too."""
     tested = [place for place, switch in enumerate(switches) if switch.difference.p is not None]
     adjusted = dict(zip(tested, holm([switches[place].difference.p or 0.0 for place in tested]), strict=True))
     return [replace(switch, mark=("**" if adjusted.get(place, 1.0) < alpha else "*")

@@ -269,7 +269,7 @@ def test_names_are_text(suite: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "&lt;script&gt;alert(1)&lt;/script&gt;\\|x \\[red\\]" in text
     assert "\\*\\*b\\*\\*" in text
     rows = [x.replace("\\|", "") for x in text.splitlines() if x.startswith("|")]
-    assert {x.count("|") for x in rows} == {4, 9}
+    assert {x.count("|") for x in rows} == {4, 10}
     print_boards(read_boards(suite), width=100)
     out = capsys.readouterr().out
     assert "[red]" in out.replace("\n", "")
@@ -281,7 +281,7 @@ def test_the_page_reads_well(suite: Path) -> None:
     text = (suite / "leaderboard.md").read_text()
     assert text.startswith(f"# Leaderboard: quick\n\n**{STAMP}**\n\n6 cells: 6 ok\n")
     header = next(x for x in text.splitlines() if x.startswith("| rank"))
-    assert header == "| rank | defense | ε | ism ↓ | Δ none | Δ noise | P(best) | cost |"
+    assert header == "| rank | defense | ε | ism ↓ | Δ none | Δ noise | P(best) | rank 95 % | cost |"
     shield = next(x for x in text.splitlines() if "| shield |" in x)
     assert shield.startswith("| 1 | shield | 16 | 0.6")
     assert "**" in shield.replace("\\*", "*")
