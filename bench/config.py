@@ -235,7 +235,7 @@ def root_of(cfg: DictConfig) -> Config:
 def settings(cfg: DictConfig) -> Settings:
     """How to run cells, from a composed config."""
     root = root_of(cfg)
-    return Settings(Path(root.results).absolute(), Path(root.store).absolute(), _device(root.device), root.threads,
+    return Settings(Path(root.results).absolute(), Path(root.store).absolute(), device_of(root.device), root.threads,
                     root.tracker)
 
 
@@ -332,7 +332,8 @@ def data_digest(data: Any) -> str:
     return _DIGESTS[key]
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """A torch device name; ``auto`` as this machine has it."""
     if name != "auto":
         return name
     return "cuda" if gpus() else "cpu"

@@ -310,19 +310,3 @@ def freeze(planned: Sequence[Planned], results: Path) -> Iterator[Path]:
 def _line(planned: Planned) -> dict[str, Any]:
     return {"cell": planned.cell.id, "title": planned.cell.title(), "track": planned.cell.track,
             "plan": planned.todo, "reason": planned.reason, "overrides": list(planned.cell.overrides)}
-
-
-def read_plan(folder: Path) -> list[dict[str, str]]:
-    """Every planned cell of a suite with the state of its result: ``ok``, ``n/a``, ``failed`` or ``missing``."""
-    path = folder / PLAN
-    if not path.is_file():
-        raise BenchError(f"status: {folder} holds no {PLAN}; run its grid first (bench -m ...).")
-    return [_state(json.loads(line), folder) for line in path.read_text().splitlines()]
-
-
-def _state(line: Mapping[str, Any], folder: Path) -> dict[str, str]:
-    result = result_of(folder / line["cell"])
-    if result is None:
-        return {"cell": line["cell"], "title": line["title"], "status": "missing", "reason": ""}
-    reason = result.error.message if result.error else result.reason
-    return {"cell": line["cell"], "title": line["title"], "status": result.status, "reason": reason}

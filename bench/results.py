@@ -9,7 +9,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 RESULT, SAMPLES, IMAGES = "result.json", "samples.jsonl", "images"
+NEW = ".new-"
 MEASURE = "measure"
 """The stage of a metric."""
 UNSEALED = ("seal", "cost", "provenance", "warnings")
@@ -294,16 +297,21 @@ def write_result(result: Result, rows: Sequence[SampleRow], images: Mapping[str,
     """Write a cell's folder: images (uint8 [3, h, w]) and rows first, ``result.json`` last and in one step, so that
     a folder with it is complete. Returns the result as written. Raises BenchError when the disk refuses."""
     text = "".join(_block_line(block) + "\n" for block in blocks(rows))
-    _dump(result)  # before the old result goes: a record that cannot be written must not replace one that was
+    samples = SampleFile(rows=len(rows), sha256=hashlib.sha256(text.encode()).hexdigest(), layout="blocks")
     with told("results", folder):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / RESULT).unlink(missing_ok=True)
-        names = _write_images(images, folder / IMAGES)
-        write_atomically(folder / SAMPLES, text)
-        samples = SampleFile(rows=len(rows), sha256=hashlib.sha256(text.encode()).hexdigest(), layout="blocks")
-        hashes = {name: file_digest(folder / IMAGES / name) for name in names}
-        whole = _validated(result, samples=samples.model_dump(), images=names, image_hashes=hashes)
-        write_atomically(folder / RESULT, _dump(whole))
+        for left in folder.glob(f"{NEW}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temp = Path(tempfile.mkdtemp(prefix=NEW, dir=folder))
+        try:
+            names = _write_images(images, temp / IMAGES)
+            hashes = {name: file_digest(temp / IMAGES / name) for name in names}
+            whole = _validated(result, samples=samples.model_dump(), images=names, image_hashes=hashes)
+            write_atomically(temp / SAMPLES, text)
+            write_atomically(temp / RESULT, _dump(whole))
+            _replace(folder, temp)
+        finally:
+            shutil.rmtree(temp, ignore_errors=True)
     return whole
 
 
@@ -313,6 +321,16 @@ def add_warnings(result: Result, warnings: Sequence[str], folder: Path) -> Resul
     with told("results", folder):
         write_atomically(folder / RESULT, _dump(whole))
     return whole
+
+
+def _replace(folder: Path, temp: Path) -> None:
+    """Only renames from here on: a disk that is full has refused before, and the old result is still whole."""
+    (folder / RESULT).unlink(missing_ok=True)
+    shutil.rmtree(folder / IMAGES, ignore_errors=True)
+    for name in (IMAGES, SAMPLES, RESULT):
+        if (temp / name).exists():
+            os.replace(temp / name, folder / name)
+    flush_folder(folder)
 
 
 def _validated(result: Result, **fields: Any) -> Result:
@@ -393,8 +411,7 @@ def _block_line(block: Block) -> str:
 def _write_images(images: Mapping[str, Tensor], folder: Path) -> list[str]:
     from bench.codecs import slug, write_png
 
-    shutil.rmtree(folder, ignore_errors=True)
-    names = []
+    names: list[str] = []
     for name, pixels in images.items():
         folder.mkdir(exist_ok=True)
         file = f"{slug(name)}.png"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,11 +16,12 @@ from bench.plugin import GROUPS, KINDS, REGISTRY, Facts
 
 if TYPE_CHECKING:
     from bench.launcher import Ended
+    from bench.live import Snapshot
     from bench.planner import Planned
     from bench.results import Result
 
 STYLES = {"run": "bold", "done": "green", "ok": "green", "n/a": "dim", "left": "dim", "failed": "red",
-          "missing": "yellow"}
+          "missing": "yellow", "running": "cyan"}
 
 
 def out() -> Console:
@@ -104,13 +105,71 @@ def show_result(result: Result, folder: Path) -> None:
     out().print(f"{result.status} · {folder}", highlight=False, soft_wrap=True)
 
 
-def show_status(lines: Sequence[Mapping[str, str]]) -> None:
-    """Every planned cell of a suite with the state of its result."""
+def show_status(snapshot: Snapshot) -> None:
+    """Every planned cell of a suite with the state of its result, and who is at work on it."""
     rows = table("status", "cell", "what", "reason")
-    for line in lines:
-        rows.add_row(styled(line["status"]), line["cell"], escape(line["title"]), escape(line["reason"]))
+    for state in snapshot.states:
+        rows.add_row(styled(state.status), state.cell, escape(state.title), escape(state.reason))
     out().print(rows)
-    out().print(f"{len(lines)} cells: {counted(line['status'] for line in lines)}", highlight=False)
+    if snapshot.work:
+        out().print(_work(snapshot))
+    out().print(f"{len(snapshot.states)} cells: {status_line(snapshot)}", highlight=False)
+
+
+def _work(snapshot: Snapshot) -> Table:
+    rows = table("running", "for", "builds", "since", "where")
+    for one in snapshot.work:
+        rows.add_row(escape(one.title), duration(one.seconds), escape(one.stage),
+                     duration(one.stage_seconds) if one.stage else "", escape(str(one.owner)))
+    return rows
+
+
+def status_line(snapshot: Snapshot) -> str:
+    """"3 ok, 2 running, 1 missing · 3 to do, about 5 min"."""
+    said = counted(state.status for state in snapshot.states)
+    eta = snapshot.eta()
+    if snapshot.left():
+        said += f" · {snapshot.left()} to do" + (f", about {duration(eta)}" if eta is not None else "")
+    if snapshot.left() and not snapshot.alive():
+        said += "; no sweep is at work: the same command again runs what is missing"
+    return said
+
+
+def watch_status(snapshots: Iterable[Snapshot]) -> Snapshot | None:
+    """Draw a suite anew with each snapshot: its counts, what runs and what failed. Where standard output is no
+    terminal, a line whenever the counts change. Returns the last one."""
+    console = out()
+    return _draw(snapshots, console) if console.is_terminal else _tell(snapshots, console)
+
+
+def _draw(snapshots: Iterable[Snapshot], console: Console) -> Snapshot | None:
+    from rich.live import Live
+
+    last = None
+    with Live(console=console, auto_refresh=False) as drawn:
+        for last in snapshots:
+            drawn.update(_standing(last, console.height), refresh=True)
+    return last
+
+
+def _tell(snapshots: Iterable[Snapshot], console: Console) -> Snapshot | None:
+    said, last = None, None
+    for last in snapshots:
+        if said != last.count():
+            said = last.count()
+            console.print(status_line(last), highlight=False)
+    return last
+
+
+def _standing(snapshot: Snapshot, height: int) -> Any:
+    from rich.console import Group
+
+    wrong = [state for state in snapshot.states if state.status == "failed"]
+    rows = table("failed", "reason")
+    for state in wrong[-max(1, height - len(snapshot.work) - 6):]:
+        rows.add_row(escape(state.title), escape(state.reason))
+    parts: list[Any] = [f"{len(snapshot.states)} cells: {status_line(snapshot)}"]
+    return Group(*parts, *([_work(snapshot)] if snapshot.work else []), *([rows] if wrong else []))
 
 
 def show_plugins(kinds: Sequence[str] = KINDS) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -10,12 +11,15 @@ from dataclasses import field
 from enum import Enum
 from pathlib import Path
 
+from bench.codecs import JsonCodec
 from bench.config import Cell, Settings
+from bench.context import Context
 from bench.errors import BenchError, Incompatible
 from bench.outcomes import cell_record, failed, not_applicable
 from bench.plugin import plugin
 from bench.records import Model
 from bench.results import MeasurementRecord, Result, write_result
+from bench.store import Store
 
 
 class Variant(Enum):
@@ -133,20 +137,49 @@ def resolve(name: str, allow_pickle: bool = False) -> Model:
     return Model(Path(name), f"digest-of-{name}", frozenset(capabilities[name]))
 
 
+CALM = "calm"
+"""While this file lies beside the suites, every cell behaves."""
+
+
 def run_cell(cell: Cell, settings: Settings) -> Result:
     """What ``bench.runner.run_cell`` promises, with every way to end that ``attack.behave`` asks for."""
-    how = getattr(cell.attack, "behave", "ok")
+    how = "ok" if (settings.results / CALM).exists() else getattr(cell.attack, "behave", "ok")
     with (settings.results / "ran.txt").open("a") as file:
-        file.write(f"{cell.id} {how} {os.getpid()}\n")
+        file.write(f"{cell.id} {how} {os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}\n")
     if how == "exit":
         sys.exit(3)
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if how == "kill_worker" and _first_time(settings):
+        os.kill(multiprocessing.parent_process().pid, signal.SIGKILL)
+        time.sleep(60)
     if how == "raise":
         raise RuntimeError("the runner itself broke")
     if how == "hang":
         time.sleep(60)
+    if how in ("share", "big"):
+        _stage(how, settings)
     return write_result(_result(cell, how), [], {}, cell.folder(settings.results))
+
+
+def _first_time(settings: Settings) -> bool:
+    try:
+        (settings.results / "lost").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _stage(how: str, settings: Settings) -> None:
+    """``share``: a stage that all cells have in common, and takes a while. ``big``: one of 2 MB."""
+    def build(ctx: Context) -> str:
+        with (settings.results / "built.txt").open("a") as file:
+            file.write(f"{how}\n")
+        time.sleep(1.0 if how == "share" else 0.0)
+        (ctx.folder / "weights.bin").write_bytes(bytes(2_000_000 if how == "big" else 100))
+        return how
+
+    Store(settings.store).stage(how, 1, {}, build, JsonCodec())
 
 
 def _result(cell: Cell, how: str) -> Result:

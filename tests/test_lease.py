@@ -39,7 +39,8 @@ def _count(path: str, log: str) -> None:
         with Lease(Path(path)):
             inside = Path(log + ".inside")
             inside.touch(exist_ok=False)
-            Path(log).open("a").write("x")
+            with Path(log).open("a") as file:
+                file.write("x")
             inside.unlink()
 
 

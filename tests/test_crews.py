@@ -1,0 +1,222 @@
+"""Every launcher ends, records and repeats cells alike, whatever happens to them, to their workers, or to the sweep."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from bench.cli import _short, run
+from bench.errors import BenchError
+from bench.launchers import slurm_options
+from bench.lease import birth
+from bench.results import Result, read_result
+from tests.conftest import BASE
+from tests.fakes import CALM
+
+LIBRARIES = {"local": "bench", "joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
+QUICK = ("local", "joblib")
+GRID = ("-m", *BASE, "launcher.runner=tests.fakes:run_cell", "launcher.preload=tests.fakes", "suite=grid", "workers=2")
+
+
+def launchers(quick: tuple[str, ...] = QUICK, all_of: tuple[str, ...] = tuple(LIBRARIES)) -> list[object]:
+    """All launchers as parameters; those that take long to start are slow."""
+    marks = {name: [pytest.mark.skipif(importlib.util.find_spec(LIBRARIES[name]) is None,
+                                       reason=f"{LIBRARIES[name]} is not installed")] for name in all_of}
+    return [pytest.param(name, marks=[*marks[name], *([] if name in quick else [pytest.mark.slow])]) for name in all_of]
+
+
+@pytest.fixture(autouse=True)
+def _results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fakes: ModuleType) -> None:
+    monkeypatch.setenv("BENCH_RESULTS", str(tmp_path))
+    monkeypatch.setenv("BENCH_STORE", str(tmp_path / ".store"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+
+
+def ran(folder: Path) -> Counter[str]:
+    """How often cells that behave so were started."""
+    file = folder / "ran.txt"
+    return Counter(line.split()[1] for line in file.read_text().splitlines()) if file.exists() else Counter()
+
+
+def found(folder: Path) -> dict[str, Result]:
+    """Each cell's record by how it was told to behave."""
+    records = [read_result(path.parent) for path in (folder / "grid").glob("*/result.json")]
+    return {str(record.cell.attack.parameters["behave"]): record for record in records}
+
+
+@pytest.mark.parametrize("launcher", launchers())
+def test_a_cell_that_raises_exits_is_killed_or_hangs_costs_itself_and_the_same_command_completes(
+    tmp_path: Path, launcher: str,
+) -> None:
+    words = (*GRID, f"launcher={launcher}", "attack.behave=ok,raise,exit,kill,hang,share", "time_limit=15")
+    assert run(words) == 1
+    said = {how: record.error.message if record.error else "" for how, record in found(tmp_path).items()}
+    assert said["ok"] == said["share"] == ""
+    assert "exit code 1" in said["raise"] and "exit code 3" in said["exit"]
+    assert "killed by signal 9" in said["kill"] and "exceeded its time limit of 15 s" in said["hang"]
+    assert "the runner itself broke" in found(tmp_path)["raise"].error.traceback
+    (tmp_path / CALM).touch()
+    assert run(words) == 0
+    assert {record.status for record in found(tmp_path).values()} == {"ok"}
+    assert ran(tmp_path)["ok"] == 1 + 4 and ran(tmp_path)["share"] == 1, "what was finished did not run again"
+
+
+@pytest.mark.parametrize("launcher", launchers(quick=("joblib",), all_of=("joblib", "submitit_local", "ray")))
+def test_a_worker_that_is_killed_takes_no_cell_with_it(tmp_path: Path, launcher: str) -> None:
+    assert run((*GRID, f"launcher={launcher}", "attack.behave=kill_worker,ok,share")) == 0
+    assert {record.status for record in found(tmp_path).values()} == {"ok"}
+    assert ran(tmp_path)["kill_worker"] == 2
+
+
+def started(folder: Path, *words: str) -> subprocess.Popen[bytes]:
+    """A sweep in a process and a session of its own."""
+    with (folder / "head.log").open("ab") as log:
+        return subprocess.Popen([sys.executable, "-m", "tests.fake_bench", *GRID, *words], stdout=log, stderr=log,
+                                start_new_session=True, cwd=Path(__file__).parents[1])
+
+
+def until(holds: object, seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it never came to that"
+        time.sleep(0.1)
+
+
+def alive(folder: Path) -> list[int]:
+    """Processes of cells that still run."""
+    pids = [int(line.split()[2]) for line in (folder / "ran.txt").read_text().splitlines()]
+    return [pid for pid in pids if birth(pid)]
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("launcher", launchers(quick=("joblib",)))
+def test_a_sweep_that_is_killed_or_interrupted_loses_nothing_that_was_finished(
+    tmp_path: Path, launcher: str, ending: signal.Signals,
+) -> None:
+    words = (f"launcher={launcher}", "attack.behave=ok,hang")
+    head = started(tmp_path, *words)
+    until(lambda: ran(tmp_path)["hang"] and "ok" in found(tmp_path))
+    (os.killpg if ending == signal.SIGINT else os.kill)(head.pid, ending)
+    assert head.wait(60) == (130 if ending == signal.SIGINT else -9)
+    if (launcher, ending) != ("submitit_local", signal.SIGKILL):  # its jobs outlive the head
+        until(lambda: not alive(tmp_path), 30)
+        (tmp_path / CALM).touch()
+    assert found(tmp_path)["ok"].status == "ok" and "hang" not in found(tmp_path)
+    assert run((*GRID, *words)) == 0
+    assert {how: record.status for how, record in found(tmp_path).items()} == {"ok": "ok", "hang": "ok"}
+    counts = ran(tmp_path)
+    assert counts["hang"] == 1 and counts["ok"] == (1 if alive_was_kept(launcher, ending) else 2)
+
+
+def alive_was_kept(launcher: str, ending: signal.Signals) -> bool:
+    """A job of submitit goes on without its head; the second sweep waits for it and takes what it wrote."""
+    return (launcher, ending) == ("submitit_local", signal.SIGKILL)
+
+
+@pytest.mark.parametrize("launcher", launchers(quick=("local",)))
+def test_two_sweeps_over_one_store_share_the_work(tmp_path: Path, launcher: str) -> None:
+    words = (f"launcher={launcher}", "attack.behave=ok,share", "seed=0,1,2")
+    heads = [started(tmp_path, *words) for _ in range(2)]
+    assert [head.wait(240) for head in heads] == [0, 0], (tmp_path / "head.log").read_text()
+    ids = [line.split()[0] for line in (tmp_path / "ran.txt").read_text().splitlines()]
+    assert len(ids) == len(set(ids)) == 6, "every cell ran once"
+    assert (tmp_path / "built.txt").read_text() == "share\n", "and so did the stage that they share"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.getuid() or subprocess.call(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)],
+                                      stderr=subprocess.DEVNULL):
+        pytest.skip("no right to mount a small disk")
+    yield folder
+    subprocess.call(["umount", "-l", str(folder)])
+
+
+@pytest.mark.parametrize("launcher", launchers(quick=("local",)))
+def test_a_store_on_a_full_disk_loses_nothing_and_goes_on_when_there_is_room(
+    tmp_path: Path, small_disk: Path, launcher: str,
+) -> None:
+    words = (*GRID, f"launcher={launcher}", f"store={small_disk}", "attack.behave=share,big,ok")
+    assert run(words) == 1
+    assert {how: record.status for how, record in found(tmp_path).items()} == {
+        "share": "ok", "big": "failed", "ok": "ok"}
+    log = next(path.parent / "log.txt" for path in (tmp_path / "grid").glob("*/result.json")
+               if read_result(path.parent).status == "failed").read_text()
+    assert "the disk is full" in log and "make room" in log
+    subprocess.check_call(["mount", "-o", "remount,size=16m", str(small_disk)])
+    assert run(words) == 0
+    assert found(tmp_path)["big"].status == "ok"
+    assert ran(tmp_path) == {"share": 1, "ok": 1, "big": 2}
+
+
+def test_results_on_a_full_disk_end_in_messages_and_not_in_a_crash(
+    tmp_path: Path, small_disk: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = (*GRID, f"results={small_disk}", "attack.behave=ok,share")
+    (small_disk / "filler").write_bytes(bytes(1_000_000))
+    assert run(words) in (1, 2)
+    assert "the disk is full" in capsys.readouterr().err
+    (small_disk / "filler").unlink()
+    assert run(words) == 0
+
+
+@pytest.mark.parametrize("launcher", launchers(quick=("local",), all_of=("local", "joblib", "submitit_local")))
+def test_each_worker_has_a_gpu_of_those_that_may_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str,
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr("bench.config.version", lambda name: "2.13.0+cu130")
+    assert run((*GRID, f"launcher={launcher}", "device=cuda", "attack.behave=share", "seed=0,1")) == 0
+    assert {line.split()[3] for line in (tmp_path / "ran.txt").read_text().splitlines()} == {"3", "5"}
+
+
+@pytest.mark.parametrize("launcher", launchers())
+def test_stop_starts_no_cell_after_a_failure(tmp_path: Path, launcher: str) -> None:
+    words = (*GRID, f"launcher={launcher}", "workers=1", "on_error=stop", "attack.behave=fail,ok,share")
+    assert run(words) == 1
+    assert ran(tmp_path) == {"fail": 1}
+    assert run((*words, "mode=retry")) == 1
+    assert ran(tmp_path) == {"fail": 2}, "retry: what failed, and nothing else"
+
+
+def test_a_launcher_without_its_library_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    assert run((*GRID, "launcher=submitit_local")) == 2
+    assert "pip install 'diffusion-defense-bench[slurm]'" in capsys.readouterr().err
+
+
+def test_launchers_are_chosen_in_a_word() -> None:
+    assert [_short(word) for word in ("launcher=ray", "launcher.cpus=2", "seed=1")] == [
+        "hydra/launcher=ray", "hydra.launcher.cpus=2", "seed=1"]
+
+
+def test_slurm_is_told_in_its_own_words() -> None:
+    asked = {"partition": "gpu", "account": None, "timeout_min": 90, "gpus_per_node": 1, "cpus_per_task": 4,
+             "mem_gb": 32, "setup": ["module load cuda"], "extra": {"nodelist": "a01"}, "requeues": 3}
+    assert slurm_options(asked, "quickstart") == {
+        "partition": "gpu", "time": 90, "gpus_per_node": 1, "cpus_per_task": 4, "mem": "32GB",
+        "setup": ["module load cuda"], "additional_parameters": {"nodelist": "a01"}, "job_name": "bench-quickstart"}
+
+
+def test_slurm_where_there_is_none_is_one_message() -> None:
+    pytest.importorskip("submitit")
+    from bench.crews import Submitit
+
+    with pytest.raises(BenchError, match="submitit refuses"):
+        Submitit("slurm", Path("/nonexistent/jobs"), {})
