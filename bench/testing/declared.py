@@ -33,7 +33,7 @@ from bench.plugin import (
 from bench.testing.case import Case, expect
 
 NEEDS = {*SERVED_BY_MODEL, *SERVED_BY_DATA, "induced_samples"}
-KNOWS = {"prompt", "trigger", "purifier"}
+KNOWS = {"prompt", "trigger", "purifier", "mask"}
 HEAVY = ("torch", "diffusers", "transformers", "peft", "wandb", "pandas", "scipy", "torchmetrics", "torchvision")
 ATTACKS: dict[str, type] = {"customization": CustomizationAttack, "editing": Editor, "backdoor": Implant}
 OTHERS: dict[str, type] = {"metric": Metric, "purifier": Purifier, "data": Data}
@@ -53,7 +53,7 @@ def check_facts(case: Case, folder: Path) -> None:
     where = f"@plugin of {facts.name}"
     expect(bool(facts.summary), f"{where}: write a docstring; its first paragraph is what `bench list` shows.")
     expect(bool(facts.track), f"{where}: track=() can be used nowhere; name at least one track.")
-    expect(bool(facts.paper) or facts.control or facts.kind in ("data", "purifier"),
+    expect(bool(facts.paper) or facts.control or facts.kind not in ("defense", "attack"),
            f"{where}: paper is empty; give authors, title, venue and year, or 'unpublished'.")
     expect(facts.version >= 1, f"{where}: version={facts.version}; start at 1, and raise it when results change.")
     for name, found, known in (("needs", facts.needs, NEEDS), ("knows", facts.knows, KNOWS)):
@@ -115,7 +115,7 @@ def _bad(case: Case) -> Iterator[tuple[str, Any]]:
         kinds = _kinds(hints[option.name])
         if kinds <= {int, float} and option.name not in case.negative:
             yield option.name, -1.0 if kinds == {float} else -1
-        if option.name == "eps":
+        if option.name == "eps" and hasattr(case.cls, "protect"):
             yield option.name, 256.0
     for name, values in case.bad.items():
         yield from ((name, value) for value in values)

@@ -71,7 +71,7 @@ def find(name: str) -> type:
     """A plugin's class by name, or by kind and name."""
     discovery.load()
     kind, _, bare = name.rpartition("/")
-    found = [key for key in REGISTRY.classes if key[1] == bare and kind in ("", key[0])]
+    found = sorted(key for key in REGISTRY.classes if key[1] == bare and kind in ("", key[0]))
     if len(found) == 1:
         return REGISTRY.classes[found[0]]
     if found:
@@ -93,6 +93,8 @@ def checks_of(case: Case) -> dict[str, Check]:
         return {**DECLARED, **_checks("photo_defenses", photo_checks(case))}
     if kind == "defense":
         return {**DECLARED, **_checks("model_defenses", model_checks(case))}
+    if kind == "data":  # checked when it is read: its folder may not be there yet
+        return {name: check for name, check in DECLARED.items() if name != "bad_input"}
     return dict(DECLARED)
 
 
