@@ -29,8 +29,8 @@ PROTOCOLS: dict[str, type[Protocol]] = {
 
 @dataclass(frozen=True)
 class Compared:
-    """One measurement, recorded and run again. ``verdict``: ``identical`` to the last bit with interval and rows,
-    ``within`` the recorded interval, or ``outside``."""
+    """One measurement, recorded and run again. ``verdict``: ``identical`` to the last bit in its value and rows (where
+    it has none, in its interval), ``within`` the recorded interval, or ``outside``."""
 
     name: str
     verdict: str
@@ -176,15 +176,18 @@ def compared(recorded: Result, again: Result, rows: Mapping[str, list[SampleRow]
     """Every recorded measurement against the one that came out now."""
     for old in recorded.measurements:
         new = again.measurement(old.name)
-        same_rows = rows.get(old.name) == new_rows.get(old.name)
-        yield Compared(old.name, verdict(old, new, same_rows), said(old), said(new) if new else "not measured")
+        found = verdict(old, new, rows.get(old.name, []), new_rows.get(old.name, []))
+        yield Compared(old.name, found, said(old), said(new) if new else "not measured")
 
 
-def verdict(old: MeasurementRecord, new: MeasurementRecord | None, same_rows: bool) -> str:
+def verdict(old: MeasurementRecord, new: MeasurementRecord | None, old_rows: Sequence[SampleRow],
+            new_rows: Sequence[SampleRow]) -> str:
     """How a measurement agrees with the one that was recorded."""
     if new is None or new.protocol_hash != old.protocol_hash:
         return OUTSIDE
-    if same_rows and (old.value, old.low, old.high, old.n) == (new.value, new.low, new.high, new.n):
+    # Intervals follow from rows, by rules that a newer version may have changed.
+    same = bool(old_rows) or (old.low, old.high) == (new.low, new.high)
+    if same and old_rows == new_rows and (old.value, old.n) == (new.value, new.n):
         return IDENTICAL
     if old.value is None or new.value is None:
         return WITHIN if old.value is new.value else OUTSIDE

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from bench.errors import BenchError, unknown
-from bench.results import Result, SampleRow, add_warnings
+from bench.results import IMAGES, RESULT, SAMPLES, Result, SampleRow, add_warnings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
-    """``record`` mirrors one finished cell. ``images``: name -> uint8 [3, h, w]. ``folder``: where files may go."""
+    """``record`` mirrors one finished cell, whose files lie in ``folder``. ``images``: name -> uint8 [3, h, w]."""
 
     def record(self, result: Result, rows: Sequence[SampleRow], images: Mapping[str, Tensor], folder: Path,
                ) -> None: ...
@@ -54,46 +54,56 @@ class ListTracker:
 class WandbTracker:
     """One Weights & Biases run per cell: its id is the cell's, its group the suite.
 
-    ``mode``: offline (default; upload later with ``wandb sync``), online, or disabled.
+    ``mode``: offline (default; upload later with ``wandb sync``), online, or disabled. ``timeout``: seconds that a run
+    may take to begin. ``files``: where W&B keeps its own; beside the cell if None.
     """
 
     project: str = "bench"
     mode: str = "offline"
     entity: str | None = None
+    timeout: float = 60.0
+    files: Path | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise unknown("mode", self.mode, "tracker wandb", MODES)
 
-    def record(self, result: Result, rows: Sequence[SampleRow], images: Mapping[str, Tensor], folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+    def record(self, result: Result, rows: Sequence[SampleRow], images: Mapping[str, Tensor | Path], folder: Path,
+               ) -> None:
         with self.start(result, folder) as run:
-            fill(run, result, rows, images)
+            fill(run, result, rows, images, folder)
 
     def start(self, result: Result, folder: Path) -> Any:
-        """The run, which ends with its ``with`` block."""
+        """The run of a cell, which ends with its ``with`` block."""
+        return self.begin(result.cell.id, folder, group=result.suite, job_type="cell", name=run_name(result),
+                          tags=tags(result), config=configuration(result))
+
+    def begin(self, id: str, folder: Path, **told: Any) -> Any:
+        """A run with this id: the one that has it already, where W&B knows one."""
         os.environ.setdefault("WANDB_SILENT", "true")
         import wandb
 
+        files = self.files or folder
+        files.mkdir(parents=True, exist_ok=True)
         online: dict[str, Any] = {"resume": "allow"} if self.mode == "online" else {}
         return wandb.init(
-            project=self.project, entity=self.entity, mode=cast(Mode, self.mode), dir=str(folder), id=result.cell.id,
-            group=result.suite, job_type="cell", name=run_name(result), tags=tags(result),
+            project=self.project, entity=self.entity, mode=cast(Mode, self.mode), dir=str(files), id=id,
             # Without this a second init in one process returns the first run and ignores the new id.
-            reinit="finish_previous", config=configuration(result), settings=quiet(), **online,
+            reinit="finish_previous", settings=quiet(self.timeout), **told, **online,
         )
 
 
-def quiet() -> Any:
+def quiet(timeout: float) -> Any:
     """No console capture, no machine statistics, no copy of the code or of the host's details."""
     import wandb
 
     return wandb.Settings(silent=True, console="off", disable_code=True, disable_git=True, x_disable_meta=True,
-                          x_disable_stats=True)
+                          x_disable_stats=True, init_timeout=timeout)
 
 
-def fill(run: Any, result: Result, rows: Sequence[SampleRow], images: Mapping[str, Tensor]) -> None:
-    """Summary, per-sample table and images of one result."""
+def fill(run: Any, result: Result, rows: Sequence[SampleRow], images: Mapping[str, Tensor | Path], folder: Path,
+         ) -> None:
+    """Summary, per-sample table and images of one result, and where its files lie."""
     import wandb
 
     run.summary.update(summary(result))
@@ -102,9 +112,28 @@ def fill(run: Any, result: Result, rows: Sequence[SampleRow], images: Mapping[st
         for row in rows[:MOST_ROWS]:
             table.add_data(row.metric, row.sample, row.cluster, row.value, row.reason)
         run.log({"samples": table})
-    for name, pixels in islice(images.items(), MOST_IMAGES):
-        array = pixels.permute(1, 2, 0).cpu().numpy()
-        run.log({f"images/{name}": wandb.Image(array, caption=name, file_type="png")})
+    for name, picture in islice(images.items(), MOST_IMAGES):
+        shown = str(picture) if isinstance(picture, Path) else picture.permute(1, 2, 0).cpu().numpy()
+        run.log({f"images/{name}": wandb.Image(shown, caption=name, file_type="png")})
+    if files := result_files(result, folder):
+        about = {"suite": result.suite, "status": result.status, "seal": result.seal}
+        run.log_artifact(referring(f"result-{result.cell.id}", "result", files, about))
+
+
+def result_files(result: Result, folder: Path) -> dict[str, Path]:
+    """The files of a result that lie in its folder: name in the folder -> place."""
+    names = [RESULT, SAMPLES, *(f"{IMAGES}/{name}" for name in result.images)]
+    return {name: folder / name for name in names if (folder / name).is_file()}
+
+
+def referring(name: str, kind: str, files: Mapping[str, Path], about: Mapping[str, Any]) -> Any:
+    """An artifact that says where files lie and what is in them (their digest), and uploads none of them."""
+    import wandb
+
+    artifact = wandb.Artifact(name, type=kind, metadata=dict(about))
+    for relative, place in files.items():
+        artifact.add_reference(place.resolve().as_uri(), name=relative)
+    return artifact
 
 
 def run_name(result: Result) -> str:
