@@ -16,7 +16,7 @@ from statistics import median
 
 from bench.detection import DetectionBoard, make_detection, population_key, scores_models
 from bench.identity import canonical_json, digest
-from bench.results import MeasurementRecord, Result, SampleRow
+from bench.results import MeasurementRecord, Result
 from bench.runs import (
     Run,
     defense_key,
@@ -25,20 +25,23 @@ from bench.runs import (
     group_key,
     is_control,
     is_mean,
-    points_of,
     primary,
     question_key,
+    samples_of,
 )
+from bench.samples import Samples
 from bench.stats import (
     Difference,
     Estimate,
     Placing,
     Point,
+    Tally,
     detectable,
     holm,
     mean_interval,
     paired_difference,
     placings,
+    tally,
 )
 from bench.switches import Switch, Variant, find_switches
 from bench.worst_case import ALL_ATTACKS, Family, Matrix, attackers, families, make_matrix, worst_runs
@@ -58,6 +61,11 @@ class Column:
     unit: str
     higher_is_better: bool | None
     protocol_hash: str
+
+    @property
+    def measurement(self) -> str:
+        """The name without what tells two protocols apart."""
+        return self.name.partition("~")[0]
 
 
 @dataclass(frozen=True)
@@ -160,7 +168,7 @@ class Entry:
 
     label: str
     cells: list[Run] = field(default_factory=list)
-    points: dict[str, list[Point]] = field(default_factory=dict)
+    points: dict[str, Tally] = field(default_factory=dict)
 
     @property
     def finished(self) -> list[Run]:
@@ -278,7 +286,7 @@ def find_columns(runs: Sequence[Run], name: str) -> list[Column]:
     times = Counter(measurement for measurement, _ in found)
     columns = [Column(m.name if times[m.name] == 1 else f"{m.name}~{h[:4]}", m.unit, m.higher_is_better, h)
                for (_, h), m in found.items()]
-    return sorted(columns, key=lambda column: column.name.partition("~")[0] != name)
+    return sorted(columns, key=lambda column: column.measurement != name)
 
 
 def find_entries(runs: Sequence[Run], columns: Sequence[Column]) -> list[Entry]:
@@ -319,17 +327,17 @@ def on_surrogate(result: Result, others: Iterable[Result]) -> list[str]:
     return ["on", model.name if len(namesakes) == 1 else f"{model.name} {model.digest[:6]}"]
 
 
-def find_points(runs: Sequence[Run], column: Column) -> list[Point]:
+def find_points(runs: Sequence[Run], column: Column) -> Tally:
     """Samples of one column over all seeds. Where a value is not the mean of its rows, or has none (FID), each
     seed's value is one point."""
     found = [(run, m) for run in runs if (m := measured(run, column)) and m.value is not None]
-    if all(is_mean(m, run.rows.get(m.name, ())) for run, m in found):
-        return [point for run, m in found for point in points_of(run, m.name)]
-    return [Point(f"seed {run.result.cell.seed}", "", m.value) for run, m in found if m.value is not None]
+    if all(is_mean(m, run.rows.get(m.name)) for run, m in found):
+        return samples_of([run for run, _ in found], column.measurement)
+    return tally([Point(f"seed {run.result.cell.seed}", "", m.value) for run, m in found if m.value is not None])
 
 
 def measured(run: Run, column: Column) -> MeasurementRecord | None:
-    found = run.result.measurement(column.name.partition("~")[0])
+    found = run.result.measurement(column.measurement)
     return found if found and found.protocol_hash == column.protocol_hash else None
 
 
@@ -343,8 +351,8 @@ def expected(entries: Sequence[Entry], columns: Sequence[Column]) -> set[Sample]
 
 def covered(entry: Entry, column: Column) -> set[Sample]:
     """What there is of a column."""
-    return {(run.result.cell.seed, point.unit, point.sample)
-            for run in entry.finished for point in find_points([run], column)}
+    return {(run.result.cell.seed, unit, sample)
+            for run in entry.finished for unit, _, sample in find_points([run], column).layout.keys}
 
 
 def hopeless(entries: Sequence[Entry], columns: Sequence[Column]) -> set[tuple[int, str]]:
@@ -352,20 +360,21 @@ def hopeless(entries: Sequence[Entry], columns: Sequence[Column]) -> set[tuple[i
     without a face, say. They are nobody's gap."""
     if not columns:
         return set()
-    missing_in_controls, found = set(), set()
-    for entry in entries:
-        for seed, row in ranking_rows(entry, columns[0]):
-            if row.value is not None:
-                found.add((seed, row.sample))
-            elif entry.control:
-                missing_in_controls.add((seed, row.sample))
-    return missing_in_controls - found
+    lost = {one for entry in entries if entry.control for one in valueless(entry, columns[0])}
+    for seed, rows in (found for entry in entries if lost for found in ranking_rows(entry, columns[0])):
+        lost -= {(seed, name) for name in rows.known_places.names}
+    return lost
 
 
-def ranking_rows(entry: Entry, column: Column) -> list[tuple[int, SampleRow]]:
-    """The rows of a column over all seeds, with their seeds."""
-    return [(run.result.cell.seed, row) for run in entry.finished if (m := measured(run, column))
-            for row in run.rows.get(m.name, ())]
+def valueless(entry: Entry, column: Column) -> set[tuple[int, str]]:
+    """The (seed, sample) pairs that a column has no value of."""
+    return {(seed, name) for seed, rows in ranking_rows(entry, column) for name in rows.missing}
+
+
+def ranking_rows(entry: Entry, column: Column) -> list[tuple[int, Samples]]:
+    """The rows of a column by seed."""
+    return [(run.result.cell.seed, rows) for run in entry.finished
+            if (m := measured(run, column)) and (rows := run.rows.get(m.name))]
 
 
 def make_line(
@@ -387,22 +396,22 @@ def estimate(entry: Entry, column: Column) -> Estimate:
     """Pooled over seeds. A single value without rows keeps the interval that its metric gave."""
     points = entry.points[column.name]
     found = [m for run in entry.finished if (m := measured(run, column))]
-    if not points:
+    if not points.values:
         reasons = sorted({m.reason for m in found if m.reason})
         return Estimate(None, None, None, 0, 0, "; ".join(reasons) or "not measured")
     pooled = mean_interval(points, share=column.unit == "share")
-    if any(point.sample for point in points):
+    if any(sample for _, _, sample in points.layout.keys):
         return pooled
     samples, low, high = sum(m.n for m in found), pooled.low, pooled.high
     if len(found) == 1:
         low, high = found[0].low, found[0].high
-    value = max(p.value for p in points) if found[0].protocol.get("aggregate") == "max" else pooled.value
+    value = max(points.values) if found[0].protocol.get("aggregate") == "max" else pooled.value
     return Estimate(value, low, high, samples, pooled.units, "" if low is not None else pooled.reason)
 
 
 def differences(entry: Entry, column: Column, controls: Sequence[Entry]) -> list[Delta]:
     """To each kind of control, but not to itself, nor to one at another budget."""
-    found = []
+    found: list[Delta] = []
     for name in dict.fromkeys(control.cells[0].result.cell.defense.name for control in controls):
         same = [c for c in controls if c.cells[0].result.cell.defense.name == name]
         fair = [c for c in same if None in (c.eps, entry.eps) or c.eps == entry.eps]
@@ -474,12 +483,12 @@ def gaps(
     if not columns:
         return ["nothing was measured"]
     have = covered(entry, columns[0])
-    valueless = {(seed, row.sample) for seed, row in ranking_rows(entry, columns[0]) if row.value is None}
-    empty = len(valueless - lost if have else valueless)
+    none = valueless(entry, columns[0])
+    empty = len(none - lost if have else none)
     seeds = sorted({seed for seed, _, _ in wanted} - {seed for seed, _, _ in have})
     pairs, met = ({(seed, unit) for seed, unit, _ in of} for of in (wanted, have))
     units = {pair for pair in pairs - met if pair[0] not in seeds}
-    absent = [one for one in wanted - have if one[:2] in met and (one[0], one[2]) not in valueless]
+    absent = [one for one in wanted - have if one[:2] in met and (one[0], one[2]) not in none]
     found = [f"seed {', '.join(map(str, seeds))} missing"] if seeds else []
     found += [f"{len(units)} of {len(pairs)} units missing"] if units else []
     found += [f"{len(absent)} of {len(wanted)} samples missing"] if absent else []

@@ -9,7 +9,8 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -521,8 +522,7 @@ def comma_separated(boards: Boards) -> str:
     writer.writerow([*HEAD, *DELTA_HEAD])
     for table in boards.tables:
         for line in table.lines:
-            for column in table.columns or (None,):
-                writer.writerows(csv_rows(table, line, column))
+            writer.writerows(csv_rows(table, line))
         writer.writerows(csv_matrix(table, table.matrix) if table.matrix else ())
         writer.writerows(csv_switches(table))
     for board in boards.detections:
@@ -566,22 +566,30 @@ def csv_switches(table: Table) -> Iterator[list[object]]:
         yield [_data(known.get(name)) for name in (*HEAD, *DELTA_HEAD)]
 
 
-def csv_rows(table: Table, line: Line, column: Column | None) -> Iterator[list[object]]:
-    where = [table.id, "board", table.track, table.model, table.data, table.attack, table.purifier, line.label,
-             line.surrogate, int(line.control), " ".join(line.knows), line.eps, line.status, line.rank, int(line.tied),
-             *placing_data(line), line.reason, " ".join(map(str, line.seeds))]
-    if column is None:
-        yield [_data(v) for v in [*where, *[None] * (len(HEAD) - len(where) + len(DELTA_HEAD))]]
-        return
-    score = line.scores[column.name]
-    better = {True: "higher", False: "lower", None: ""}[column.higher_is_better]
-    what = [column.name, column.unit, better, score.value, score.low, score.high, score.n, score.units, score.reason,
-            line.seconds, column.protocol_hash]
-    for delta in line.deltas[column.name] or (None,):
-        d = delta.difference if delta else None
-        more = [delta.control, d.value, d.low, d.high, d.units, d.p, delta.mark, delta.p_holm,
-                delta.detectable] if delta and d else [None] * len(DELTA_HEAD)
-        yield [_data(v) for v in [*where, *what, *more]]
+def csv_rows(table: Table, line: Line) -> Iterator[list[object]]:
+    """A row per measurement and control."""
+    where = list(map(_data, [
+        table.id, "board", table.track, table.model, table.data, table.attack, table.purifier, line.label,
+        line.surrogate, int(line.control), " ".join(line.knows), line.eps, line.status, line.rank, int(line.tied),
+        *placing_data(line), line.reason, " ".join(map(str, line.seeds))]))
+    if not table.columns:
+        yield [*where, *[""] * (len(HEAD) - len(where) + len(DELTA_HEAD))]
+    for column in table.columns:
+        score = line.scores[column.name]
+        better = {True: "higher", False: "lower", None: ""}[column.higher_is_better]
+        what = list(map(_data, [column.name, column.unit, better, score.value, score.low, score.high, score.n,
+                                score.units, score.reason, line.seconds, column.protocol_hash]))
+        for more in csv_deltas(line.deltas[column.name]):
+            yield [*where, *what, *map(_data, more)]
+
+
+def csv_deltas(deltas: Sequence[Delta]) -> Iterator[list[object]]:
+    """What the differences to controls add to a row; one row without them where there are none."""
+    if not deltas:
+        yield [None] * len(DELTA_HEAD)
+    for delta in deltas:
+        d = delta.difference
+        yield [delta.control, d.value, d.low, d.high, d.units, d.p, delta.mark, delta.p_holm, delta.detectable]
 
 
 def placing_data(line: Line) -> list[float | None]:
@@ -591,7 +599,7 @@ def placing_data(line: Line) -> list[float | None]:
 
 def as_json(boards: Boards) -> str:
     """Everything that the boards say, a line per board."""
-    parts = _rounded(asdict(boards))
+    parts = _rounded(boards)
     if not boards.detections:
         parts.pop("detections")
     tables = ",\n".join(_dumped(table) for table in parts.pop("tables"))
@@ -603,12 +611,21 @@ def _dumped(value: object) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to 6 digits: the last bits of a resampled mean depend on the machine's linear algebra."""
+    """Plain JSON with floats to 6 digits: the last bits of a resampled mean depend on the machine's linear algebra."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
-    return [_rounded(v) for v in value] if isinstance(value, (list, tuple)) else value
+    return {name: _rounded(getattr(value, name)) for name in _names(type(value))}
+
+
+@cache
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
 
 
 def _data(value: object) -> object:

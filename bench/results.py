@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -29,7 +29,7 @@ from pydantic import (
 
 from bench.errors import BenchError
 from bench.files import flush_folder, told, write_atomically
-from bench.identity import digest, file_digest, plain
+from bench.identity import digest, digest_plain, file_digest, plain
 from bench.plugin import changed, facts_of, parameters
 from bench.records import Measurement
 
@@ -47,6 +47,7 @@ UNSEALED = ("seal", "cost", "provenance", "warnings")
 """Parts of a result that its seal leaves out: they tell how it was found, and differ between runs that found the
 same."""
 Status = Literal["ok", "n/a", "failed"]
+T = TypeVar("T")
 
 
 class Record(BaseModel):
@@ -211,6 +212,10 @@ class SampleRow:
         if self.value is None and not self.reason:
             raise ValueError(f"{self.metric} of {self.sample}: a missing value needs a reason")
 
+    def alone(self) -> Block:
+        return Block(self.cluster, [self.sample], {self.metric: [self.value]},
+                     {self.metric: {"0": self.reason}} if self.reason else {})
+
 
 @dataclass(frozen=True, slots=True)
 class Block:
@@ -261,7 +266,7 @@ def measurement_record(measured: Measurement, metric: PluginRecord, cell: CellRe
 
 def protocol_hash(cell: CellRecord, metric: PluginRecord, measurement: str, asked: Mapping[str, Any]) -> str:
     """Digest of everything that two numbers must share to be compared: all but the defense and the seed."""
-    return digest({
+    return digest_plain({
         "track": cell.track, "model": cell.model.digest or cell.model.name, "data": data_identity(cell),
         "attack": cell.attack.identity(), "purifier": cell.purifier.identity() if cell.purifier else None,
         "cell": cell.protocol, "metric": metric.identity(), "measurement": measurement, "protocol": asked,
@@ -451,29 +456,51 @@ def read_rows(folder: Path) -> list[SampleRow]:
 
 def rows_of(result: Result, folder: Path) -> list[SampleRow]:
     """As ``read_rows``, when the result is at hand."""
+    data = _sample_bytes(result, folder)
+    return parse_rows(data, result.samples.layout, folder / SAMPLES) if result.samples else []
+
+
+def blocks_of(result: Result, folder: Path) -> list[Block]:
+    """As ``rows_of``, by the lines that hold them; of the first layout a line each."""
+    data, path = _sample_bytes(result, folder), folder / SAMPLES
+    if result.samples and result.samples.layout == "rows":
+        return [row.alone() for row in parse_rows(data, "rows", path)]
+    return parse_blocks(data, path)
+
+
+def _sample_bytes(result: Result, folder: Path) -> bytes:
     path = folder / SAMPLES
     if result.samples is None:
-        return []
+        return b""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise BenchError(f"results: {path} cannot be read: {error}.") from error
     if hashlib.sha256(data).hexdigest() != result.samples.sha256:
         raise BenchError(f"results: {path} is not the file that was written with its result (hash mismatch).")
-    return parse_rows(data, result.samples.layout, path)
+    return data
 
 
 def parse_rows(data: bytes, layout: str, path: Path) -> list[SampleRow]:
     """The rows in the bytes of ``samples.jsonl``, whose place is named in errors."""
-    lines = b"[" + b",".join(data.splitlines()) + b"]"
+    if layout == "rows":
+        return _parsed(_rows(), data, path)
+    blocks = parse_blocks(data, path)
     try:
-        if layout == "rows":
-            return _rows().validate_json(lines)
-        return [row for block in _blocks().validate_json(lines) for row in block.rows()]
-    except ValidationError as error:
-        raise BenchError(f"results: {path} holds a row that is not valid: {_first(error)}.") from error
+        return [row for block in blocks for row in block.rows()]
     except ValueError as error:
         raise BenchError(f"results: {path} holds a row that is not valid: {error}.") from error
+
+
+def parse_blocks(data: bytes, path: Path) -> list[Block]:
+    return _parsed(_blocks(), data, path)
+
+
+def _parsed(kind: TypeAdapter[T], data: bytes, path: Path) -> T:
+    try:
+        return kind.validate_json(b"[" + b",".join(data.splitlines()) + b"]")
+    except ValidationError as error:
+        raise BenchError(f"results: {path} holds a row that is not valid: {_first(error)}.") from error
 
 
 @cache

@@ -6,22 +6,22 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from bench.config import SERVED_BY_DATA
-from bench.identity import digest
+from bench.identity import digest_plain
 from bench.results import (
     CellRecord,
     MeasurementRecord,
     ModelRecord,
     PluginRecord,
     Result,
-    SampleRow,
     data_identity,
     read_result,
-    rows_of,
 )
-from bench.stats import Point
+from bench.samples import KEPT, Places, Samples, read_samples
+from bench.stats import Layout, Tally, layout_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Run:
     ``made_of``: the ids of those several, none for a cell that ran."""
 
     result: Result
-    rows: Mapping[str, Sequence[SampleRow]]
+    rows: Mapping[str, Samples]
     lacks: tuple[str, ...] = ()
     made_of: tuple[str, ...] = ()
 
@@ -42,30 +42,27 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     result = read_result(folder)
-    rows: dict[str, list[SampleRow]] = {}
-    for row in rows_of(result, folder):
-        rows.setdefault(row.metric, []).append(row)
-    return Run(result, rows)
+    return Run(result, read_samples(result, folder))
 
 
 def group_key(result: Result) -> str:
     """The same for all cells that differ in defense, surrogate and seed alone."""
     cell = result.cell
     purifier = cell.purifier.identity() if cell.purifier else None
-    return digest([cell.track, cell.model.digest or cell.model.name, data_identity(cell), cell.attack.identity(),
+    return digest_plain([cell.track, cell.model.digest or cell.model.name, data_identity(cell), cell.attack.identity(),
                    purifier, cell.protocol])
 
 
 def family_key(result: Result) -> str:
     """The same for all cells that may differ in purifier, too."""
     cell = result.cell
-    return digest([cell.track, cell.model.digest or cell.model.name, data_identity(cell), cell.attack.identity(),
+    return digest_plain([cell.track, cell.model.digest or cell.model.name, data_identity(cell), cell.attack.identity(),
                    cell.protocol])
 
 
 def question_key(result: Result) -> str:
     """The same for all cells that may differ in attack and attacked model, too."""
-    return digest([result.cell.track, data_identity(result.cell), result.cell.protocol])
+    return digest_plain([result.cell.track, data_identity(result.cell), result.cell.protocol])
 
 
 def protected_on(cell: CellRecord) -> ModelRecord | None:
@@ -82,7 +79,7 @@ def protects_photos(plugin: PluginRecord | None) -> bool:
 
 def defense_key(cell: CellRecord) -> str:
     """The same for all cells of one line: a defense with its options, on one surrogate."""
-    return digest([cell.defense.identity(), cell.surrogate.digest if cell.surrogate else ""])
+    return digest_plain([cell.defense.identity(), cell.surrogate.digest if cell.surrogate else ""])
 
 
 def is_control(plugin: PluginRecord | None) -> bool:
@@ -101,20 +98,23 @@ def primary(group: Sequence[Run]) -> str:
     return min(counts, key=lambda name: (-counts[name], name), default="")
 
 
-def is_mean(measured: MeasurementRecord, rows: Sequence[SampleRow]) -> bool:
-    values = [row.value for row in rows if row.value is not None]
-    if not values or measured.value is None:
+def is_mean(measured: MeasurementRecord, rows: Samples | None) -> bool:
+    if rows is None or rows.mean is None or measured.value is None:
         return False
-    return math.isclose(math.fsum(values) / len(values), measured.value, rel_tol=1e-5, abs_tol=1e-6)
+    return math.isclose(rows.mean, measured.value, rel_tol=1e-5, abs_tol=1e-6)
 
 
-def points_of(run: Run, name: str) -> list[Point]:
-    """The samples of one measurement that have a value."""
-    nested, seed = run.result.cell.track == "backdoor", str(run.result.cell.seed)
-    return [Point(unit_of(run.result, row), row.sample, row.value, "" if nested else seed)
-            for row in run.rows.get(name, ()) if row.value is not None]
+def samples_of(runs: Sequence[Run], name: str) -> Tally:
+    """The samples of one measurement that have a value, over runs."""
+    found = [(run.result.cell, rows) for run in runs if (rows := run.rows.get(name))]
+    layout = layout_over(tuple((str(cell.seed), cell.track == "backdoor", rows.known_places) for cell, rows in found))
+    return Tally(layout, tuple(value for _, rows in found for value in rows.known))
 
 
-def unit_of(result: Result, row: SampleRow) -> str:
-    """The unit of statistics: a subject stays one over all seeds, a backdoor is implanted anew with each."""
-    return f"{row.cluster}/s{result.cell.seed}" if result.cell.track == "backdoor" else row.cluster
+@lru_cache(KEPT)
+def layout_over(parts: tuple[tuple[str, bool, Places], ...]) -> Layout:
+    """Of the samples of several seeds. The unit of statistics: a subject stays one over all seeds; a backdoor is
+    implanted anew with each, so that its seeds are units of their own."""
+    return layout_of(tuple(
+        (f"{cluster}/s{seed}", "", name) if nested else (cluster, seed, name)
+        for seed, nested, places in parts for cluster, name in zip(places.clusters, places.names, strict=True)))

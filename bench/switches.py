@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 
 from bench.results import CellRecord, ModelRecord
-from bench.stats import Difference, Point, holm, paired_difference
+from bench.stats import Difference, Tally, holm, paired_difference
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Variant:
 
     label: str
     cell: CellRecord
-    points: Sequence[Point]
+    points: Tally
 
 
 @dataclass(frozen=True)

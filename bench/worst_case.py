@@ -10,12 +10,12 @@ headline. A worst value is worse than a mean even where purifiers do nothing, so
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from bench.identity import digest
+from bench.identity import digest_plain
 from bench.results import (
     MeasurementRecord,
     ModelRecord,
@@ -30,12 +30,13 @@ from bench.runs import (
     does_nothing,
     is_control,
     is_mean,
-    points_of,
     primary,
     protected_on,
     protects_photos,
+    samples_of,
 )
-from bench.stats import Difference, Estimate, Point, mean_interval, paired_difference
+from bench.samples import Samples, of_rows
+from bench.stats import Difference, Estimate, Tally, matched, mean_interval, paired_difference
 
 FEWEST = 2
 """Purifiers, or attacked models, from which there is a worst case."""
@@ -177,12 +178,17 @@ def by_protocol(runs: Sequence[Run], axis: Axis) -> list[Family]:
 
 def measure_key(measured: MeasurementRecord) -> str:
     """What two numbers must share to be compared over purifiers."""
-    return digest([measured.name, measured.metric, measured.version, measured.parameters, measured.protocol])
+    return digest_plain([measured.name, measured.metric, measured.version, measured.parameters, measured.protocol])
+
+
+def same_measure(one: MeasurementRecord, other: MeasurementRecord | None) -> bool:
+    return other is not None and (one.name, one.metric, one.version, one.parameters, one.protocol) == (
+        other.name, other.metric, other.version, other.parameters, other.protocol)
 
 
 def purifier_key(run: Run) -> str:
     purifier = run.result.cell.purifier
-    return digest(purifier.identity()) if purifier else ""
+    return digest_plain(purifier.identity()) if purifier else ""
 
 
 def purifier_label(run: Run) -> str:
@@ -196,7 +202,7 @@ def unpurified(run: Run) -> bool:
 
 def attacker_key(run: Run) -> str:
     cell = run.result.cell
-    return digest([cell.attack.identity(), cell.model.digest or cell.model.name, purifier_key(run)])
+    return digest_plain([cell.attack.identity(), cell.model.digest or cell.model.name, purifier_key(run)])
 
 
 def attacker_label(run: Run) -> str:
@@ -214,7 +220,7 @@ ATTACKER = Axis("attack", attacker_key, attacker_label, lambda run: False)
 def counted(runs: Sequence[Run], name: str, axis: Axis) -> dict[str, str]:
     """Places with their labels: those where a control was, for others lack a clean-photo control; without controls,
     all. Only those where the measurement was made sample by sample."""
-    scored = [run for run in runs if (m := run.result.measurement(name)) and is_mean(m, run.rows.get(name, ()))]
+    scored = [run for run in runs if (m := run.result.measurement(name)) and is_mean(m, run.rows.get(name))]
     met = [run for run in scored if is_control(run.result.cell.defense)] or scored
     found = {axis.key(run): run for run in met}
     order = sorted(found, key=lambda key: (not axis.first(found[key]), axis.label(found[key]), key))
@@ -263,44 +269,49 @@ def lacking(family: Family, under: Mapping[str, Run]) -> tuple[str, ...]:
 
 def worst_measurement(
     measured: MeasurementRecord, sources: Sequence[Run], result: Result, family: Family,
-) -> tuple[MeasurementRecord, list[SampleRow]] | None:
+) -> tuple[MeasurementRecord, Samples] | None:
     """One measurement, if it has a better direction and comes sample by sample at every place."""
     found = [run.result.measurement(measured.name) for run in sources]
-    key, higher = measure_key(measured), measured.higher_is_better
-    if higher is None or any(m is None or measure_key(m) != key for m in found):
+    higher = measured.higher_is_better
+    if higher is None or not all(same_measure(measured, m) for m in found):
         return None
-    tables = [run.rows.get(measured.name, ()) for run in sources]
-    if not all(rows and m and (m.value is None or is_mean(m, rows)) for m, rows in zip(found, tables, strict=True)):
+    tables = [rows for run in sources if (rows := run.rows.get(measured.name))]
+    if len(tables) < len(sources) or not all(
+            m and (m.value is None or is_mean(m, rows)) for m, rows in zip(found, tables, strict=True)):
         return None
-    rows = worst_rows(dict(zip(family.places.values(), tables, strict=True)), higher)
-    values = [row.value for row in rows if row.value is not None]
+    rows = worst_rows(list(family.places.values()), tables, higher)
     metric = PluginRecord(kind="metric", name=measured.metric, label=measured.metric, version=measured.version,
                           parameters=measured.parameters)
     update = {
-        "value": math.fsum(values) / len(values) if values else None, "low": None, "high": None, "n": len(rows),
-        "clusters": len({row.cluster for row in rows if row.value is not None}),
-        "reason": "" if values else measured.reason or rows[0].reason,
+        "value": rows.mean, "low": None, "high": None, "n": len(rows), "clusters": len(set(rows.known_places.clusters)),
+        "reason": "" if rows.known else measured.reason or rows.reasons[0],
         "protocol_hash": protocol_hash(result.cell, metric, measured.name, measured.protocol),
     }
     return measured.model_copy(update=update), rows
 
 
-def worst_rows(tables: Mapping[str, Sequence[SampleRow]], higher_is_better: bool) -> list[SampleRow]:
-    """Sample by sample the worst of the values that there are; no value where a place's sample is missing."""
-    found: dict[tuple[str, str], dict[str, SampleRow]] = {}
-    for label, rows in tables.items():
+def worst_rows(labels: Sequence[str], tables: Sequence[Samples], higher_is_better: bool) -> Samples:
+    """Sample by sample the worst of the values that there are; no value where a place's sample is missing.
+    ``labels``: of the places."""
+    first, worst = tables[0], min if higher_is_better else max
+    if all(rows.places is first.places and not rows.missing for rows in tables):
+        return Samples(first.metric, first.places, tuple(map(worst, *(rows.known for rows in tables))))
+    return of_rows(first.metric, worst_of_each(labels, tables, worst))
+
+
+def worst_of_each(
+    labels: Sequence[str], tables: Sequence[Samples], worst: Callable[[Iterable[float]], float],
+) -> Iterator[SampleRow]:
+    found: dict[tuple[str, str], dict[int, SampleRow]] = {}
+    for place, rows in enumerate(tables):
         for row in rows:
-            found.setdefault((row.cluster, row.sample), {})[label] = row
-    worst = min if higher_is_better else max
-    made = []
+            found.setdefault((row.cluster, row.sample), {})[place] = row
     for (cluster, sample), under in found.items():
         values = [row.value for row in under.values() if row.value is not None]
-        absent = [label for label in tables if label not in under]
+        absent = [label for place, label in enumerate(labels) if place not in under]
         reason = f"no sample under {', '.join(absent)}" if absent else next(iter(under.values())).reason
         value = worst(values) if values and not absent else None
-        made.append(SampleRow(next(iter(under.values())).metric, sample, cluster, value,
-                              reason if value is None else ""))
-    return made
+        yield SampleRow(next(iter(under.values())).metric, sample, cluster, value, reason if value is None else "")
 
 
 def make_matrix(family: Family, unit: str, higher: bool, lines: Mapping[str, tuple[str, Estimate]]) -> Matrix:
@@ -310,7 +321,7 @@ def make_matrix(family: Family, unit: str, higher: bool, lines: Mapping[str, tup
     for key, (label, worst) in lines.items():
         defense = next(iter(next(iter(family.by_defense[key].values())).values())).result.cell.defense
         points = {place: at_place(family, key, place) for place in family.places}
-        if sum(map(bool, points.values())) < FEWEST:
+        if sum(bool(found.values) for found in points.values()) < FEWEST:
             continue
         cells = tuple(mean_interval(found, share=unit == "share") for found in points.values())
         whole = worst.value is not None
@@ -322,23 +333,21 @@ def make_matrix(family: Family, unit: str, higher: bool, lines: Mapping[str, tup
                   tuple(harms(family.name, shifts, higher)), family.axis.name)
 
 
-def at_place(family: Family, defense: str, place: str) -> list[Point]:
+def at_place(family: Family, defense: str, place: str) -> Tally:
     """All seeds' samples of a defense at one place."""
-    return [point for under in family.by_defense[defense].values() if place in under
-            for point in points_of(under[place], family.name)]
+    return samples_of([under[place] for under in family.by_defense[defense].values() if place in under], family.name)
 
 
-def mean_points(tables: Sequence[Sequence[Point]]) -> list[Point]:
+def mean_points(tables: Sequence[Tally]) -> Tally:
     """Sample by sample the mean over places, of samples that all have."""
-    values: dict[tuple[str, str], list[float]] = {}
-    for points in tables:
-        for point in points:
-            values.setdefault((point.unit, point.sample), []).append(point.value)
-    return [Point(unit, sample, math.fsum(of) / len(of)) for (unit, sample), of in values.items()
-            if len(of) == len(tables)]
+    shared = tables[0]
+    for other in tables[1:]:
+        shared, _ = matched(shared, other)
+    values = [matched(shared, other)[1].values for other in tables]
+    return Tally(shared.layout, tuple(math.fsum(of) / len(of) for of in zip(*values, strict=True)))
 
 
-def shifts_of(family: Family, points: Mapping[str, Sequence[Point]]) -> dict[str, Difference]:
+def shifts_of(family: Family, points: Mapping[str, Tally]) -> dict[str, Difference]:
     """What each purifier does to clean photos: none where no cell left them as they are."""
     leads = {family.axis.key(run): family.axis.first(run) for run in family.runs}
     plain = next((key for key in family.places if leads[key]), None)
