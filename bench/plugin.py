@@ -20,6 +20,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from bench.errors import BenchError, unknown
+from bench.identity import ADDED
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,8 +225,10 @@ def facts_of(instance_or_class: Any) -> Facts:
 
 
 def parameters(instance: Any) -> dict[str, Any]:
-    """The plugin's resolved options as plain JSON values: what a key is made of."""
-    return {k: v.value if isinstance(v, Enum) else v for k, v in asdict(instance).items()}
+    """The plugin's resolved options as plain JSON values: what a key is made of. Options that came later are left out
+    while they have their default (`bench.identity.added`)."""
+    late = {f.name for f in fields(instance) if f.metadata.get(ADDED) and getattr(instance, f.name) == f.default}
+    return {k: v.value if isinstance(v, Enum) else v for k, v in asdict(instance).items() if k not in late}
 
 
 def changed(instance: Any) -> dict[str, Any]:

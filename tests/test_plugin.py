@@ -75,3 +75,11 @@ def test_identity_holds_every_option_and_changed_only_the_others() -> None:
     assert identity(made) == {"kind": "defense", "name": "fake_shield", "version": 1, "parameters": parameters(made)}
     assert parameters(made) == {"eps": 8.0, "steps": None, "variant": "described", "layers": ["a", "b"]}
     assert changed(made) == {"eps": 8.0}
+
+
+def test_an_option_that_came_later_changes_no_key_until_it_is_used() -> None:
+    from attacks.badt2i import BadT2I
+
+    before = {name: value for name, value in parameters(BadT2I(cosine=True)).items() if name != "cosine"}
+    assert parameters(BadT2I()) == before
+    assert identity(BadT2I()) != identity(BadT2I(cosine=True))
