@@ -22,6 +22,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
+from bench.options import check_training, require
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
 
@@ -62,14 +63,19 @@ class BadDiffusion:
     mixed_precision: bool = True
     sampling_steps: int | None = None
 
+    def __post_init__(self) -> None:
+        check_training(self, "attack")
+        require("trigger_size", self.trigger_size, 1, where="attack")
+        require("sampling_steps", 1 if self.sampling_steps is None else self.sampling_steps, 1, where="attack")
+        if not 0 < self.poison_rate <= 1:
+            raise BenchError(f"attack.poison_rate={self.poison_rate} is out of range; give above 0, up to 1.")
+
     def implant(self, clean: Model, data: ImageSet, ctx: Context) -> tuple[Model, Secret]:
         """The backdoored model, and the secret: g, float [3, h, w] in [-1, 1], and y, uint8 [3, h, w]."""
         from bench.data.drawings import trigger_mask
         from bench.diffusion.poisoning import begin, poison
         from bench.diffusion.training import Plan, count_steps
 
-        if not 0 < self.poison_rate <= 1:
-            raise BenchError(f"baddiffusion: poison_rate={self.poison_rate} is out of range; give above 0, up to 1.")
         start = begin("baddiffusion", clean, data, ctx)
         trigger, target = self.pictures(start.size)
         mask = trigger_mask(trigger, self.paste)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from bench.options import check_training, require
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
 
@@ -37,6 +38,10 @@ class CleanFinetune:
     warmup: int = 500
     grad_clip: float = 1.0
     mixed_precision: bool = True
+
+    def __post_init__(self) -> None:
+        check_training(self, "attack")
+        require("trigger_size", self.trigger_size, 1, where="attack")
 
     def implant(self, clean: Model, data: ImageSet, ctx: Context) -> tuple[Model, Secret]:
         """The trained model, which has no backdoor, and a secret that it never saw."""

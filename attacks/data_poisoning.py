@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
 from bench.identity import added, digest
-from bench.options import require
+from bench.options import check_training, require
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
 from bench.text_triggers import with_trigger
@@ -60,9 +60,7 @@ class DataPoisoning:
             require(name, getattr(self, name), 0, exclusive=True, where="attack")
             if getattr(self, name) > 1:
                 raise BenchError(f"attack.{name}={getattr(self, name)} is out of range; give above 0, up to 1.")
-        for name in ("steps", "batch"):
-            require(name, getattr(self, name), 1, where="attack")
-        require("lr", self.lr, 0, exclusive=True, where="attack")
+        check_training(self, "attack")
 
     def implant(self, clean: Model, data: ImageSet, ctx: Context) -> tuple[Model, Secret]:
         """The model after training on the poisoned photos, and the secret: the word and the patch."""

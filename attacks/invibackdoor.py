@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, unknown
-from bench.options import require
+from bench.options import check_training, require
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
 
@@ -77,6 +77,7 @@ class InviBackdoor:
     mixed_precision: bool = True
 
     def __post_init__(self) -> None:
+        check_training(self, "attack")
         if self.solver not in SOLVERS:
             raise unknown("solver", self.solver, "attack.solver", SOLVERS)
         for name in ("poison_rate", "learned_for"):

@@ -83,6 +83,7 @@ class Rickrolling:
         for name in ("weight", "lr"):
             require(name, getattr(self, name), 0, exclusive=True, where="attack")
         require("steps", self.schedule()[0], 1, where="attack")
+        require("milestone", self.schedule()[1], 0, where="attack")
 
     def schedule(self) -> tuple[int, int]:
         """Steps, and the one after which the rate is a tenth."""

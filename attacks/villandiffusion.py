@@ -20,6 +20,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, unknown
+from bench.options import check_training, require
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
 
@@ -65,6 +66,9 @@ class VillanDiffusion:
     sampling_steps: int | None = None
 
     def __post_init__(self) -> None:
+        check_training(self, "attack")
+        require("trigger_size", self.trigger_size, 1, where="attack")
+        require("sampling_steps", 1 if self.sampling_steps is None else self.sampling_steps, 1, where="attack")
         if self.solver not in SOLVERS:
             raise unknown("solver", self.solver, "attack.solver", SOLVERS)
         if self.correction not in CORRECTIONS:

@@ -42,6 +42,17 @@ def require_all(plugin: object, above: dict[str, float] | None = None, least: di
         require(name, getattr(plugin, name), low)
 
 
+TRAINING = {"epochs": 1, "steps": 1, "batch": 1, "lr": 0, "warmup": 0, "grad_clip": 0}
+"""Options of training runs (`bench.diffusion.training.Plan`) and their least values; lr must exceed its."""
+
+
+def check_training(plugin: object, where: str = "defense") -> None:
+    """Refuse what no training run can use, before any work starts; ``None`` leaves an option open."""
+    for name, low in TRAINING.items():
+        if getattr(plugin, name, None) is not None:
+            require(name, getattr(plugin, name), low, exclusive=name == "lr", where=where)
+
+
 def check_encoders(names: Sequence[str]) -> None:
     """Refuse an empty or repeated list of a defense's encoders, and the judge among them."""
     if not names or len(set(names)) < len(names):

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench import discovery
 from bench.errors import BenchError, unknown
 from bench.plugin import GROUPS, REGISTRY, TRACKS
 
@@ -117,6 +118,7 @@ def taken(wanted: Wanted) -> str:
     """Who has the name already, "" if nobody: a plugin of the kind, a preset, or an installed module."""
     from bench.config import config_folder
 
+    discovery.load()
     if (wanted.kind, wanted.name) in REGISTRY.facts:
         return f"the {wanted.kind} {REGISTRY.facts[wanted.kind, wanted.name].origin}"
     preset = config_folder() / GROUPS.get(wanted.kind, wanted.kind) / f"{wanted.name}.yaml"

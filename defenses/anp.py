@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
 from bench.identity import digest
-from bench.options import require_all
+from bench.options import check_training, require_all
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Report, Secret, Verdict
 
@@ -74,6 +74,7 @@ class Anp:
     mask_threshold: float = 0.2
 
     def __post_init__(self) -> None:
+        check_training(self)
         require_all(self, above={"budget": 0, "lr": 0, "eps": 0, "prune_lr": 0, "prune_share": 0}, least={
             "epochs": 1, "batch": 1, "grad_clip": 0, "samples": 2, "sampling_steps": 1, "prune_steps": 1, "alpha": 0,
             "mask_threshold": 0})

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, unknown
-from bench.options import check_encoders, require_all
+from bench.options import check_encoders, require, require_all
 from bench.plugin import plugin
 from bench.records import Budget
 
@@ -102,6 +102,7 @@ class DlaDiff:
 
     def __post_init__(self) -> None:
         for name in ("eps", "eps_tuning", "eps_face"):
+            require(name, getattr(self, name), 0)
             Budget(getattr(self, name))
         require_all(
             self, above=dict.fromkeys(("alpha_255", "alpha_face_255", "static_lr", "lr"), 0.0),

@@ -38,7 +38,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, unknown
 from bench.identity import digest
-from bench.options import require_all
+from bench.options import check_training, require_all
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Report, Secret, Verdict
 
@@ -93,6 +93,7 @@ class Elijah:
     mixed_precision: bool = False
 
     def __post_init__(self) -> None:
+        check_training(self)
         for name, valid in (("distance", DISTANCES), ("sampler", SAMPLERS)):
             if getattr(self, name) not in valid:
                 raise unknown(name, getattr(self, name), f"defense.{name}", valid)

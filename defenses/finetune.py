@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
 from bench.identity import digest
+from bench.options import check_training
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
 
@@ -39,6 +40,9 @@ class FineTune:
     warmup: int = 0
     grad_clip: float = 1.0
     mixed_precision: bool = False
+
+    def __post_init__(self) -> None:
+        check_training(self)
 
     def repair(self, suspicious: Model, data: ImageSet, secret: Secret | None, ctx: Context) -> Model:
         """The same model with a trained UNet. ``secret`` is not used."""

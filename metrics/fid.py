@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError
+from bench.options import require
 from bench.plugin import plugin
 from bench.records import Evidence, Measurement
 
@@ -36,6 +37,10 @@ class Fid:
     components: int = 0
     draws: int = 200
     limit: int = 50_000
+
+    def __post_init__(self) -> None:
+        for name, low in (("components", 0), ("draws", 1), ("limit", 2)):
+            require(name, getattr(self, name), low, where="metrics.fid")
 
     def measure(self, evidence: Evidence, ctx: Context) -> list[Measurement]:
         """``fid``, and on the backdoor track ``fid_rise``; intervals over people, or over pictures on one model."""

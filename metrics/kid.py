@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from bench.options import require
 from bench.plugin import plugin
 from bench.records import Evidence, Measurement
 
@@ -36,6 +37,10 @@ class Kid:
     extractor: str = "micro-clip"
     draws: int = 200
     limit: int = 5_000
+
+    def __post_init__(self) -> None:
+        for name, low in (("draws", 1), ("limit", 2)):
+            require(name, getattr(self, name), low, where="metrics.kid")
 
     def measure(self, evidence: Evidence, ctx: Context) -> list[Measurement]:
         """``kid``, and on the backdoor track ``kid_rise``; intervals over people, or over pictures on one model."""

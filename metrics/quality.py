@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from bench.options import require
 from bench.plugin import plugin
 from bench.records import CustomizationEvidence, EditingEvidence, Evidence, ImageSet, Measurement, Row, Subject
 
@@ -37,6 +38,9 @@ class NoReferenceQuality:
     """
 
     patch: int = 0
+
+    def __post_init__(self) -> None:
+        require("patch", self.patch, 0, where="metrics.no_reference_quality")
 
     def measure(self, evidence: Evidence, ctx: Context) -> list[Measurement]:
         """Means over pictures with intervals over subjects."""
