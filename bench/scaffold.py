@@ -81,7 +81,8 @@ def new_plugin(words: Sequence[str]) -> Wanted:
 
 def read_words(words: Sequence[str]) -> Wanted:
     """``KIND NAME [--track T] [--folder F]``, options anywhere."""
-    plain, options, left = [], {"--track": "customization", "--folder": ""}, list(words)
+    plain: list[str] = []
+    options, left = {"--track": "customization", "--folder": ""}, list(words)
     while left:
         word, _, value = left.pop(0).partition("=")
         if word in options:
@@ -94,7 +95,8 @@ def read_words(words: Sequence[str]) -> Wanted:
             plain.append(word)
     if len(plain) != 2:
         raise BenchError(USAGE)
-    return Wanted(*plain, options["--track"], Path(options["--folder"] or plain[1]))
+    kind, name = plain
+    return Wanted(kind, name, options["--track"], Path(options["--folder"] or name))
 
 
 def check(wanted: Wanted) -> None:

@@ -15,11 +15,11 @@ Check = Callable[["Case", Path], None]
 
 @dataclass(frozen=True)
 class Case:
-    """A plugin under test. ``options``: those that make it fast on tiny models. ``apart``: of defenses of photos,
-    whether a photo's protection depends on that photo alone. ``negative``: options that may be below zero. ``bad``:
-    option -> values that must be refused."""
+    """A plugin's class under test. ``options``: those that make it fast on tiny models. ``apart``: of defenses of
+    photos, whether a photo's protection depends on that photo alone. ``negative``: options that may be below zero.
+    ``bad``: option -> values that must be refused."""
 
-    cls: type
+    cls: Any
     options: Mapping[str, Any] = field(default_factory=dict)
     apart: bool = False
     negative: Sequence[str] = ()

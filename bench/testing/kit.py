@@ -51,7 +51,7 @@ def conformance(
     """
     import pytest
 
-    cls = plugin if isinstance(plugin, type) else find(plugin)
+    cls: Any = plugin if isinstance(plugin, type) else find(plugin)
     case = Case(cls, dict(options or {}), apart, tuple(negative), dict(bad or {}))
     for option in (*case.options, *case.negative, *case.bad):
         if option not in (known := [field.name for field in fields(cls)]):
