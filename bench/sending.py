@@ -167,7 +167,7 @@ def send_board(folder: Path, tracker: WandbTracker) -> None:
 
 def board_rows(text: str) -> list[dict[str, Any]]:
     """The rows of ``leaderboard.csv``; a column of numbers as numbers, None where one is missing."""
-    rows: list[dict[str, Any]] = list(csv.DictReader(io.StringIO(text)))
+    rows: list[dict[str, Any]] = [dict(row) for row in csv.DictReader(io.StringIO(text))]
     for column in set(rows[0] if rows else ()) - set(NAMES):
         numbers = [_number(row[column]) for row in rows]
         if all(number is not None or not row[column] for number, row in zip(numbers, rows, strict=True)):
