@@ -9,6 +9,7 @@ a worker.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import threading
 import time
@@ -33,6 +34,7 @@ def supervise(task: Task, head: tuple[int, str] | None = None) -> Ended:
     machine without which the worker must not go on."""
     if head is not None:
         _end_with(head)
+    multiprocessing.set_start_method("forkserver", force=True)  # a fresh process does not know loky's own method
     task = replace(task, settings=replace(task.settings, device=device_of(task.settings.device)))
     crew = Processes()
     job = crew.start(task)
@@ -188,7 +190,10 @@ class Ray:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self.ray = library("ray", "ray")
         size = {} if self.address else {"num_cpus": max(1, round(self.workers * self.cpus)), "include_dashboard": False}
-        self.ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **size)
+        try:
+            self.ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **size)
+        except Exception as error:  # it has many ways to say that there is no cluster
+            raise BenchError(f"launcher: Ray does not start at {self.address or 'this machine'} ({error}).") from error
         self.task = self.ray.remote(supervise).options(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=0)
 
     def room(self) -> int:

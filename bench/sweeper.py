@@ -116,7 +116,7 @@ class GridSweeper(Sweeper):
             for path in freeze(planned, how.results):
                 logger.info("Plan: %s", path)
         for one in planned:
-            if one.todo == "n/a":
+            if one.todo == "n/a" and not _on_record(one, how):
                 write(not_applicable(one.cell, one.reason), how.results)
 
     def _run(self, cells: Sequence[Cell], how: Settings, root: Config) -> list[Ended]:
@@ -164,6 +164,12 @@ def finish(planned: Sequence[Planned], ended: Sequence[Ended], how: Settings) ->
         raise SystemExit(1)
     return list(ended)
 
+
+
+def _on_record(planned: Planned, how: Settings) -> bool:
+    """Whether the same is written there already; writing a thousand files anew takes a while."""
+    before = result_of(planned.cell.folder(how.results))
+    return before is not None and before.reason == planned.reason and before.stamp == planned.cell.stamp
 
 
 def _board(folder: Path) -> None:

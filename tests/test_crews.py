@@ -214,6 +214,61 @@ def test_slurm_is_told_in_its_own_words() -> None:
         "setup": ["module load cuda"], "additional_parameters": {"nodelist": "a01"}, "job_name": "bench-quickstart"}
 
 
+SCRIPTS = {
+    "sbatch": """script="${@: -1}"; id=$RANDOM$RANDOM; cp "$script" "$(dirname "$0")/script"
+SLURM_JOB_ID=$id SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 \\
+  setsid bash "$script" >/dev/null 2>&1 </dev/null & echo $! >"$(dirname "$0")/$id"; echo "Submitted batch job $id" """,
+    "srun": """while [[ "$1" == --* ]]; do [[ "$1" == --unbuffered ]] || shift; shift; done; exec "$@" """,
+    "sacct": """echo "JobID|State|NodeList"; for file in "$(dirname "$0")"/[0-9]*; do
+kill -0 "$(cat $file)" 2>/dev/null && state=RUNNING || state=COMPLETED; echo "$(basename $file)|$state|here"; done""",
+    "scancel": """kill -9 -- -"$(cat "$(dirname "$0")/$1")" """,
+}
+"""A scheduler that starts every job at once, on this machine."""
+
+
+@pytest.mark.slow
+def test_slurm_jobs_are_submitted_watched_and_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, body in SCRIPTS.items():
+        (commands / name).write_text(f"#!/bin/bash\n{body}\n")
+        (commands / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
+    words = (*GRID, "launcher=slurm", "launcher.partition=gpu", "attack.behave=ok,kill,share")
+    assert run(words) == 1
+    assert {how: record.status for how, record in found(tmp_path).items()} == {
+        "ok": "ok", "kill": "failed", "share": "ok"}
+    script = (commands / "script").read_text()
+    assert "#SBATCH --partition=gpu" in script and "#SBATCH --gpus-per-node=1" in script
+    (tmp_path / CALM).touch()
+    assert run(words) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", launchers())
+def test_records_are_those_of_hydras_basic_launcher_and_each_stage_is_built_once(
+    tiny_sd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, launcher: str,
+) -> None:
+    from bench.diffusion import checkpoints
+
+    monkeypatch.setattr("bench.config._resolve", checkpoints.resolve)
+    words = ("-m", f"model={tiny_sd}", "data=micro_subjects", "data.count=3", "data.size=16", "attack=dreambooth",
+             "attack.steps=1", "attack.class_images=1", "attack.class_steps=1", "attack.batch=1", "seed=0,1",
+             "customization.per_prompt=1", "customization.steps=1", "metrics=[image_quality]", "defense=none,noise",
+             "tracker.wandb=disabled", "suite=grid", "workers=2")
+    assert run((*words, "hydra/launcher=basic", f"results={tmp_path}/a", f"store={tmp_path}/a/.store")) == 0
+    assert run((*words, f"launcher={launcher}", f"results={tmp_path}/b", f"store={tmp_path}/b/.store")) == 0
+    basic, other = ({path.parent.name: read_result(path.parent) for path in folder.glob("grid/*/result.json")}
+                    for folder in (tmp_path / "a", tmp_path / "b"))
+    unlike = {"cost", "provenance"}
+    assert len(basic) == 4
+    assert {name: one.model_dump(exclude=unlike) for name, one in other.items()} == {
+        name: one.model_dump(exclude=unlike) for name, one in basic.items()}
+    built = Counter(stage.key for one in other.values() for stage in one.cost if not stage.reused)
+    assert set(built.values()) == {1} and set(built) == {s.key for one in basic.values() for s in one.cost}
+
+
 def test_slurm_where_there_is_none_is_one_message() -> None:
     pytest.importorskip("submitit")
     from bench.crews import Submitit
