@@ -217,7 +217,7 @@
 
   function table(head, rows) {
     const line = (row) => make("tr", {}, ...row.map((value, i) => make(i ? "td" : "th", i ? {} : { scope: "row" }, value ?? "")));
-    const made = make("table", { class: "plain" });
+    const made = make("table", { class: head.length ? "plain lined" : "plain" });
     if (head.length) made.append(make("thead", {}, make("tr", {}, ...head.map((text) => make("th", { scope: "col" }, text)))));
     made.append(make("tbody", {}, ...rows.map(line)));
     return make("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "table" }, made);

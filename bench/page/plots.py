@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 
 from bench.stats import Estimate
@@ -91,7 +92,8 @@ class Tick:
 
 @dataclass(frozen=True)
 class Mark:
-    """A line on a plot. ``text_x``, ``text_y``, ``anchor``: of its label, None where there is no room for one."""
+    """A line on a plot. ``text_x``, ``text_y``, ``anchor``: of its label, None where there is no room for one; ``far``:
+    it needs a line to its point."""
 
     label: str
     control: bool
@@ -103,6 +105,7 @@ class Mark:
     text_x: float | None = None
     text_y: float | None = None
     anchor: str = "start"
+    far: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,12 @@ class Plot:
     across_ticks: tuple[Tick, ...]
     up_ticks: tuple[Tick, ...]
     unlabelled: tuple[str, ...]
-    width: int = 720
-    height: int = 440
+    width: int = 900
+    height: int = 470
     left: int = 64
-    right: int = 704
+    right: int = 884
     top: int = 28
-    bottom: int = 388
+    bottom: int = 418
 
 
 def frontier(candidates: Sequence[Candidate], across: Axis, up: Axis) -> set[str]:
@@ -185,29 +188,44 @@ def _ticks(scale: Scale) -> tuple[Tick, ...]:
 
 # Labels
 
-LETTER, LINE = 6.7, 14.0
+LETTER, LINE = 7.4, 14.0
 """Of a label's text: width of a letter, on average, and height."""
-AROUND = ((9, 4, "start"), (-9, 4, "end"), (0, -10, "middle"), (0, 19, "middle"), (8, -8, "start"), (8, 16, "start"),
-          (-8, -8, "end"), (-8, 16, "end"), (12, -20, "start"), (12, 28, "start"), (-12, -20, "end"),
-          (-12, 28, "end"))
+NEAR = ((9.0, 4.0, "start"), (-9.0, 4.0, "end"), (0.0, -10.0, "middle"), (0.0, 19.0, "middle"), (8.0, -8.0, "start"),
+        (8.0, 16.0, "start"), (-8.0, -8.0, "end"), (-8.0, 16.0, "end"))
 """Where a label may stand, best first: offsets from its point, and what of the text lies there."""
+TURN, FARTHEST, MOST = 15, 260, 40
+"""Degrees between the directions, and the distance, in which a place is looked for that needs a line to its point; and
+labels on one plot."""
 
 
 def label_marks(marks: Sequence[Mark], frame: Plot) -> list[Mark]:
     """Marks with their labels where these cover no point and no other label; the frontier chooses first, then
     controls."""
     taken: list[Box] = [(m.x - 5, m.y - 5, m.x + 5, m.y + 5) for m in marks]
-    texts: dict[str, Mark] = {}
-    for mark in sorted(marks, key=lambda m: (not m.frontier, not m.control, m.label)):
-        texts[mark.label] = mark
-        for dx, dy, anchor in AROUND:
-            box = _box(mark, dx, dy, anchor)
-            if _inside(box, frame) and not any(_overlap(box, other) for other in taken):
-                taken.append(box)
-                texts[mark.label] = Mark(**{**vars(mark), "text_x": mark.x + dx, "text_y": mark.y + dy,
-                                            "anchor": anchor})
-                break
-    return [texts[mark.label] for mark in marks]
+    found = {mark.label: mark for mark in marks}
+    for mark in sorted(marks, key=lambda m: (not m.frontier, not m.control, m.y, m.label))[:MOST]:
+        found[mark.label], box = labelled(mark, frame, taken)
+        taken += [box] if box else []
+    return [found[mark.label] for mark in marks]
+
+
+def labelled(mark: Mark, frame: Plot, taken: Sequence[Box]) -> tuple[Mark, Box | None]:
+    """The mark with its label at the first free place, and what that covers."""
+    for dx, dy, anchor in _around():
+        box = _box(mark, dx, dy, anchor)
+        if _inside(box, frame) and not any(_overlap(box, other) for other in taken):
+            x, y = round(mark.x + dx, 1), round(mark.y + dy, 1)
+            return replace(mark, text_x=x, text_y=y, anchor=anchor, far=math.hypot(dx, dy) > 2 * LINE), box
+    return mark, None
+
+
+@cache
+def _around() -> tuple[tuple[float, float, str], ...]:
+    """Near places, then wider and wider circles."""
+    circles = [(distance, math.radians(angle)) for distance in range(28, FARTHEST, 14) for angle in range(0, 360, TURN)]
+    return (*NEAR, *((distance * math.cos(angle), distance * math.sin(angle),
+                      "start" if math.cos(angle) > 0.2 else "end" if math.cos(angle) < -0.2 else "middle")
+                     for distance, angle in circles))
 
 
 def _box(mark: Mark, dx: float, dy: float, anchor: str) -> Box:

@@ -45,6 +45,8 @@ class Row(Protocol):
     def control(self) -> bool: ...
     @property
     def knows(self) -> tuple[str, ...]: ...
+    @property
+    def cells(self) -> tuple[str, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -282,7 +284,7 @@ def plain_grid(sheet: Sheet, lines: Mapping[str, Row]) -> Grid:
     for row in sheet.rows:
         line = lines.get(row[named].main)
         items = tuple(item_of(shown, numeric[i], i == named and line is not None) for i, shown in enumerate(row))
-        rows.append(GridRow(items, bool(line and line.control), tuple(getattr(line, "cells", ()))))
+        rows.append(GridRow(items, bool(line and line.control), line.cells if line else ()))
     ranked = sheet.head[0] == "rank"
     return Grid(sheet.title, head, tuple(rows), named, 0 if ranked else None)
 
@@ -377,7 +379,7 @@ def plot_of(table: Table, beside: Mapping[tuple[str, ...], Mapping[str, Estimate
         higher = column.higher_is_better if column else name in ("ssim", "psnr")
         scores = [line.scores[name] if column else beside.get((table.track, table.data, table.model, line.label),
                                                              {}).get(name) for line in lines]
-        across = Axis(name + (f" ({column.unit})" if column and column.unit else ""),
+        across = Axis(name + (f" ({column.unit})" if column and column.unit else "" if column else " as published"),
                       "less visible" if photos else "more useful", bool(higher))
         plot = make_plot([Candidate(line.label, line.control, score.value, line.scores[ranked.name])
                           for line, score in zip(lines, scores, strict=True)
