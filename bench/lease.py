@@ -103,8 +103,11 @@ class Lease:
     def try_take(self) -> bool:
         """Whether it is ours now. Raises OSError where the folder refuses new files."""
         seen = look(self.path)
-        if seen is not None and (not seen.over() or not evict(self.path, seen)):
+        if seen is None:
+            return self._create()
+        if not seen.over() or not evict(self.path, seen):
             return False
+        log.info("Taken over from %s: %s", seen.owner or "a process that left no name", self.path.name)
         return self._create()
 
     def _create(self) -> bool:
@@ -173,8 +176,6 @@ def evict(path: Path, seen: Seen) -> bool:
     if mistaken:  # between the look and the rename another did the same, and now holds it
         with contextlib.suppress(OSError):
             os.link(aside, path)
-    else:
-        log.info("Taken over from %s: %s", seen.owner or "a process that left no name", path.name)
     aside.unlink(missing_ok=True)
     return not mistaken
 
@@ -192,6 +193,15 @@ def owners(folder: Path) -> dict[str, Owner]:
     """The name of each lease in a folder -> who holds it now."""
     held = {path.name.removesuffix(SUFFIX): owner_of(path) for path in sorted(folder.glob(f"[!.]*{SUFFIX}"))}
     return {name: owner for name, owner in held.items() if owner is not None}
+
+
+def clear(folder: Path) -> None:
+    """Remove the leases that dead or silent owners left in a folder."""
+    for path in folder.glob(f"[!.]*{SUFFIX}"):
+        with contextlib.suppress(OSError):
+            seen = look(path)
+            if seen is not None and seen.over():
+                evict(path, seen)
 
 
 @contextlib.contextmanager

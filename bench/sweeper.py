@@ -29,7 +29,7 @@ from bench.errors import BenchError
 from bench.files import told
 from bench.launcher import SWEEP, Ended, running_folder, stamp
 from bench.launchers import PREFIX, CellLauncher, register_launchers
-from bench.lease import SUFFIX, announced
+from bench.lease import SUFFIX, announced, clear
 from bench.outcomes import failed, not_applicable, write
 from bench.planner import Planned, choices, chosen, expand, freeze, in_order, plan, resolve_cells, result_of
 from bench.suites import extended, fitting, kept, read_words
@@ -122,8 +122,9 @@ class GridSweeper(Sweeper):
     def _run(self, cells: Sequence[Cell], how: Settings, root: Config) -> list[Ended]:
         if not cells:
             return []
-        name = f"{SWEEP}{secrets.token_hex(4)}{SUFFIX}"
-        with announced(running_folder(how.results / cells[0].suite) / name, str(how.store)):
+        folder = running_folder(how.results / cells[0].suite)
+        clear(folder)
+        with announced(folder / f"{SWEEP}{secrets.token_hex(4)}{SUFFIX}", str(how.store)):
             if isinstance(self.launcher, CellLauncher):
                 return self.launcher.run(in_order(cells), how, root)
             return self._run_elsewhere(in_order(cells), how)

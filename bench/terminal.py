@@ -145,7 +145,7 @@ def watch_status(snapshots: Iterable[Snapshot]) -> Snapshot | None:
 def _draw(snapshots: Iterable[Snapshot], console: Console) -> Snapshot | None:
     from rich.live import Live
 
-    last = None
+    last: Snapshot | None = None
     with Live(console=console, auto_refresh=False) as drawn:
         for last in snapshots:
             drawn.update(_standing(last, console.height), refresh=True)
@@ -153,7 +153,8 @@ def _draw(snapshots: Iterable[Snapshot], console: Console) -> Snapshot | None:
 
 
 def _tell(snapshots: Iterable[Snapshot], console: Console) -> Snapshot | None:
-    said, last = None, None
+    said: dict[str, int] | None = None
+    last: Snapshot | None = None
     for last in snapshots:
         if said != last.count():
             said = last.count()

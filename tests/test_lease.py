@@ -150,6 +150,14 @@ def test_who_holds_what(tmp_path: Path) -> None:
     assert str(owners(tmp_path)["train-1"]) == f"process {os.getpid()} on node7"
 
 
+def test_what_the_dead_left_is_cleared_and_the_living_keep_theirs(tmp_path: Path) -> None:
+    held_elsewhere(tmp_path / "silent.lease", age=9000.0)
+    held_elsewhere(tmp_path / "dead.lease", machine=machine(), born="1")
+    held_elsewhere(tmp_path / "alive.lease")
+    lease.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["alive.lease"]
+
+
 def test_an_announcement_is_no_condition(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with announced(tmp_path / "file" / "me.lease", "a sweep"):
