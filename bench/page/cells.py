@@ -74,7 +74,7 @@ def make_island(kept: Sequence[Kept], room: int) -> tuple[str, Album, int]:
 
 def add_pictures(kept: Sequence[Kept], told: Sequence[dict[str, Any]], album: Album) -> None:
     """What all pictures are called takes room first; then the first of every cell comes before the second of any."""
-    entries = []
+    entries: list[tuple[int, dict[str, Any], Path | None]] = []
     for one, cell in zip(kept, told, strict=True):
         found = [entry(name, one.folder) for name in one.result.images]
         entries += [(place, shown, path) for place, (shown, path) in enumerate(found)]
