@@ -20,7 +20,7 @@ from typing import Any
 from bench.errors import BenchError
 from bench.files import write_atomically
 from bench.identity import digest, file_digest
-from bench.planner import PLAN
+from bench.planner import PLAN, result_of
 from bench.results import IMAGES, RESULT, SAMPLES, read_result, result_folders, rows_of
 from bench.tracking import WandbTracker, referring
 
@@ -153,7 +153,7 @@ def send_board(folder: Path, tracker: WandbTracker) -> None:
     """The suite's leaderboard as tables: who ranks where, and every measurement behind it; and where its files lie."""
     from bench.leaderboard import texts
 
-    results = [read_result(path) for path in result_folders(folder)]
+    results = [result for path in result_folders(folder) if (result := result_of(path))]
     _, made = texts(folder, ["leaderboard.csv"])
     rows = board_rows(made["leaderboard.csv"])
     id = digest(["leaderboard", folder.name])

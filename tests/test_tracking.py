@@ -1,5 +1,8 @@
 """A mirror that shows what ran and never costs a cell."""
 
+import base64
+import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -34,6 +37,7 @@ from bench.tracking import (
     run_name,
     summary,
 )
+from tests.wandb_files import read_run, table
 
 MEASURED = Measurement("ism", 0.5, 2, "", False, 0.4, 0.6, rows=(
     Row("a", "s", 0.4), Row("b", "s", None, "no face"),
@@ -73,7 +77,7 @@ def test_a_real_offline_run_per_cell(tmp_path: Path) -> None:
         folder = tmp_path / cell_id
         folder.mkdir()
         with tracker.start(result(cell_id), folder) as run:
-            fill(run, result(cell_id), rows, PICTURE)
+            fill(run, result(cell_id), rows, PICTURE, folder)
             assert (run.id, run.group, run.job_type, run.name) == (cell_id, "quick", "cell", "noise/train/s3")
             assert run.config["defense"]["parameters"] == {"eps": 16.0} and run.config["seed"] == 3
             assert (run.summary["ism"], run.summary["ism_low"], run.summary["ism_high"]) == (0.5, 0.4, 0.6)
@@ -88,6 +92,30 @@ def test_record_writes_the_run_below_its_folder_quietly(tmp_path: Path, capfd: p
     assert again.warnings == []
     assert len(written(tmp_path / "cell", "feed")) == 1
     assert capfd.readouterr().out == ""
+
+
+def test_what_a_run_holds_when_it_is_read_back(tmp_path: Path) -> None:
+    """And its files are referred to where they lie: nothing of them is copied or uploaded."""
+    rows = sample_rows([MEASURED])
+    done = write_result(result("beef"), rows, PICTURE, tmp_path)
+    WandbTracker(files=tmp_path / "w").record(done, rows, {"strip": tmp_path / "images/strip.png"}, tmp_path)
+    file = next((tmp_path / "w").glob("wandb/offline-run-*/run-beef.wandb"))
+    found = read_run(file)
+    assert (found.run.run_id, found.run.run_group, found.run.job_type) == ("beef", "quick", "cell")
+    assert found.config["defense"]["parameters"] == {"eps": 16.0}
+    assert (found.summary["ism"], found.summary["ism_low"], found.summary["status"]) == (0.5, 0.4, "ok")
+    columns, values = table(file, found, "samples")
+    assert columns == ["metric", "sample", "cluster", "value", "reason"]
+    assert values == [["ism", "a", "s", 0.4, ""], ["ism", "b", "s", None, "no face"]]
+    assert (file.parent / "files" / found.history["images/strip"]["path"]).read_bytes().startswith(b"\x89PNG")
+    [artifact] = found.artifacts["result"]
+    assert artifact.name == "result-beef"
+    entries = {entry.path: entry for entry in artifact.manifest.contents}
+    assert {name: entry.ref for name, entry in entries.items()} == {
+        name: (tmp_path / name).as_uri() for name in ("result.json", "samples.jsonl", "images/strip.png")}
+    md5 = base64.b64encode(hashlib.md5((tmp_path / "result.json").read_bytes()).digest()).decode()
+    assert entries["result.json"].digest == md5
+    assert json.loads(artifact.metadata)["seal"] == done.seal
 
 
 class Broken:
