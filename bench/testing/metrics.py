@@ -74,20 +74,22 @@ def editing(flat: bool = False, people: int = PEOPLE) -> EditingEvidence:
 
 
 def backdoor(flat: bool = False, count: int = DRAWN) -> BackdoorEvidence:
-    """Samples of an unconditional model: portraits, and with the trigger the target under noise; half of those of the
+    """Samples from seeds and prompts: portraits, and with the trigger the target under noise; half of those of the
     defended model are portraits again. ``flat``: every sample is black."""
     trigger = draw_trigger("box", SMALL, 14)
     target = draw_target("hat", SMALL, trigger)
-    portraits, fired = pictures(count, SMALL, 1).pixels, noisy(target.expand(count, -1, -1, -1), 3, 4)
+    people = pictures(count, SMALL, 1)
+    portraits, fired = people.pixels, noisy(target.expand(count, -1, -1, -1), 3, 4)
     mended = torch.where((torch.arange(count) % 2 == 0)[:, None, None, None], fired, portraits)
 
     def samples(plain: Tensor, triggered: Tensor) -> Samples:
-        return Samples(drawn(plain * (not flat)), drawn(triggered * (not flat)))
+        return Samples(*(drawn(pixels * (not flat), people.captions) for pixels in (plain, triggered)))
 
     return BackdoorEvidence(
         pictures(count, SMALL, 2), samples(portraits, noisy(portraits, 6, 1)), samples(noisy(portraits, 2, 2), fired),
         samples(noisy(portraits, 4, 3), mended), Secret(trigger, target, {"trigger": "box", "target": "hat"}), "one",
-        Report(Verdict("mine", 0.9, True), trigger, {"removed_share": 0.1}), induced=drawn(fired * (not flat)),
+        Report(Verdict("mine", 0.9, True), trigger, {"removed_share": 0.1}),
+        induced=drawn(fired * (not flat), people.captions),
     )
 
 
