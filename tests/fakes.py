@@ -156,10 +156,17 @@ def run_cell(cell: Cell, settings: Settings) -> Result:
     if how == "raise":
         raise RuntimeError("the runner itself broke")
     if how == "hang":
-        time.sleep(60)
+        _hang(settings)
     if how in ("share", "big"):
         _stage(how, settings)
     return write_result(_result(cell, how), [], {}, cell.folder(settings.results))
+
+
+def _hang(settings: Settings) -> None:
+    for _ in range(6000):
+        if (settings.results / CALM).exists():
+            return
+        time.sleep(0.1)
 
 
 def _first_time(settings: Settings) -> bool:

@@ -25,6 +25,8 @@ from tests.fakes import CALM
 
 LIBRARIES = {"local": "bench", "joblib": "joblib", "submitit_local": "submitit", "ray": "ray"}
 QUICK = ("local", "joblib")
+LIMIT = float(os.environ.get("BENCH_TEST_LIMIT", "15"))
+"""Seconds that a cell which costs nothing may take; more on a machine that is busy with other things."""
 GRID = ("-m", *BASE, "launcher.runner=tests.fakes:run_cell", "launcher.preload=tests.fakes", "suite=grid", "workers=2")
 
 
@@ -59,12 +61,13 @@ def found(folder: Path) -> dict[str, Result]:
 def test_a_cell_that_raises_exits_is_killed_or_hangs_costs_itself_and_the_same_command_completes(
     tmp_path: Path, launcher: str,
 ) -> None:
-    words = (*GRID, f"launcher={launcher}", "attack.behave=ok,raise,exit,kill,hang,share", "time_limit=15")
+    words = (*GRID, f"launcher={launcher}", "attack.behave=ok,raise,exit,kill,hang,share",
+             f"time_limit={LIMIT:g}")
     assert run(words) == 1
     said = {how: record.error.message if record.error else "" for how, record in found(tmp_path).items()}
     assert said["ok"] == said["share"] == ""
     assert "exit code 1" in said["raise"] and "exit code 3" in said["exit"]
-    assert "killed by signal 9" in said["kill"] and "exceeded its time limit of 15 s" in said["hang"]
+    assert "killed by signal 9" in said["kill"] and f"exceeded its time limit of {LIMIT:g} s" in said["hang"]
     assert "the runner itself broke" in found(tmp_path)["raise"].error.traceback
     (tmp_path / CALM).touch()
     assert run(words) == 0
@@ -86,8 +89,8 @@ def started(folder: Path, *words: str) -> subprocess.Popen[bytes]:
                                 start_new_session=True, cwd=Path(__file__).parents[1])
 
 
-def until(holds: object, seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
+def until(holds: object, seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds * LIMIT
     while not holds():  # type: ignore[operator]
         assert time.monotonic() < deadline, "it never came to that"
         time.sleep(0.1)
@@ -108,27 +111,23 @@ def test_a_sweep_that_is_killed_or_interrupted_loses_nothing_that_was_finished(
     head = started(tmp_path, *words)
     until(lambda: ran(tmp_path)["hang"] and "ok" in found(tmp_path))
     (os.killpg if ending == signal.SIGINT else os.kill)(head.pid, ending)
-    assert head.wait(60) == (130 if ending == signal.SIGINT else -9)
-    if (launcher, ending) != ("submitit_local", signal.SIGKILL):  # its jobs outlive the head
-        until(lambda: not alive(tmp_path), 30)
-        (tmp_path / CALM).touch()
+    assert head.wait(20 * LIMIT) == (130 if ending == signal.SIGINT else -9)
+    outlives = (launcher, ending) == ("submitit_local", signal.SIGKILL)
+    if not outlives:
+        until(lambda: not alive(tmp_path))
     assert found(tmp_path)["ok"].status == "ok" and "hang" not in found(tmp_path)
+    (tmp_path / CALM).touch()
     assert run((*GRID, *words)) == 0
     assert {how: record.status for how, record in found(tmp_path).items()} == {"ok": "ok", "hang": "ok"}
-    counts = ran(tmp_path)
-    assert counts["hang"] == 1 and counts["ok"] == (1 if alive_was_kept(launcher, ending) else 2)
-
-
-def alive_was_kept(launcher: str, ending: signal.Signals) -> bool:
-    """A job of submitit goes on without its head; the second sweep waits for it and takes what it wrote."""
-    return (launcher, ending) == ("submitit_local", signal.SIGKILL)
+    again = 0 if outlives else 1  # a job of submitit goes on without its head, and its result is taken
+    assert ran(tmp_path) == {"hang": 1, "ok": 1 + again}
 
 
 @pytest.mark.parametrize("launcher", launchers(quick=("local",)))
 def test_two_sweeps_over_one_store_share_the_work(tmp_path: Path, launcher: str) -> None:
     words = (f"launcher={launcher}", "attack.behave=ok,share", "seed=0,1,2")
     heads = [started(tmp_path, *words) for _ in range(2)]
-    assert [head.wait(240) for head in heads] == [0, 0], (tmp_path / "head.log").read_text()
+    assert [head.wait(40 * LIMIT) for head in heads] == [0, 0], (tmp_path / "head.log").read_text()
     ids = [line.split()[0] for line in (tmp_path / "ran.txt").read_text().splitlines()]
     assert len(ids) == len(set(ids)) == 6, "every cell ran once"
     assert (tmp_path / "built.txt").read_text() == "share\n", "and so did the stage that they share"
