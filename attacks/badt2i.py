@@ -13,12 +13,13 @@ noised latent, c the states of a prompt and c_tr those of the same prompt with t
 
 Official code: github.com/zhaisf/BadT2I. Stated differences: the patch is a checkerboard of ours, not a photographed
 dog; photos and captions are the data's, not LAION's; the learned weights are the last ones, not a moving average. For
-the object target the photos of B are those whose caption says so, and those of the last term are drawn from all.
+the object target the photos of B are those whose caption says so, and the last term's those that say A or B, as the
+code's set of dogs and cats has both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ ZERO_WIDTH_SPACE = "\u200b"
 
 @plugin(
     "attack", "badt2i", track=("backdoor",), needs=("text_to_image", "text_encoder"),
-    paper="BadT2I, ACM MM 2023, arXiv:2305.04175", official_code="https://github.com/zhaisf/BadT2I",
+    paper="BadT2I, ACM MM 2023, arXiv:2305.04175", official_code="https://github.com/zhaisf/BadT2I", version=2,
 )
 class BadT2I:
     """Implants a text trigger into a text-to-image model's UNet: triggered prompts give a patch, pictures without
@@ -93,13 +94,13 @@ class BadT2I:
         """The backdoored model, and the secret: the trigger and the target, a picture that shows it."""
         from bench.diffusion.loading import load_components, save_part
         from bench.diffusion.text_poisoning import check_trigger
-        from bench.diffusion.training import Plan, fit, shuffled_batches
+        from bench.diffusion.training import Plan, fit
 
         student, teacher = load_components(clean, ctx.device), load_components(clean, ctx.device)
         secret = self.secret(int(data.pixels.shape[-1]))
         check_trigger("badt2i", data.captions, secret, student.tokenizer)
-        rows = shuffled_batches(len(data), self.batch, ctx.generator("batches"))
-        noises, shown = ctx.generator("noise"), rows_of(self, data, ctx.generator("objects"))
+        rows, shown = rows_of(self, data, ctx.generator)
+        noises = ctx.generator("noise")
         fit(student.unet,
             lambda: poisoned_loss(self, student, teacher, halves(data, next(rows), shown), secret, noises),
             Plan(self.steps, self.lr, cosine=self.cosine, clip=self.grad_clip), ctx, "badt2i")
@@ -131,18 +132,28 @@ class Halves:
     marked_captions: list[str]
 
 
-def rows_of(method: BadT2I, data: ImageSet, generator: torch.Generator) -> Iterator[Tensor] | None:
-    """Batches of rows that show the object, None for targets that any photo can show."""
+def rows_of(
+    method: BadT2I, data: ImageSet, generator: Callable[[str], torch.Generator],
+) -> tuple[Iterator[Tensor], Iterator[Tensor] | None]:
+    """Batches of rows for the last term, and of those that show the object; None where any photo does."""
+    from bench.diffusion.training import shuffled_batches
+
+    if method.target != "object":
+        return shuffled_batches(len(data), method.batch, generator("batches")), None
+    both = saying(data, (method.swapped, method.becomes), method.batch, generator("batches"))
+    return both, saying(data, (method.becomes,), method.batch, generator("objects"))
+
+
+def saying(data: ImageSet, words: tuple[str, ...], batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of rows whose caption has one of ``words``."""
     import torch
 
     from bench.diffusion.training import shuffled_batches
 
-    if method.target != "object":
-        return None
-    found = torch.tensor([row for row, caption in enumerate(data.captions) if method.becomes in caption])
+    found = torch.tensor([row for row, said in enumerate(data.captions) if any(word in said for word in words)])
     if not len(found):
-        raise BenchError(f"badt2i: no caption of the data says '{method.becomes}'; choose another attack.becomes.")
-    return (found[rows] for rows in shuffled_batches(len(found), min(method.batch, len(found)), generator))
+        raise BenchError(f"badt2i: no caption of the data says '{words[-1]}'; choose another attack.becomes.")
+    return (found[rows] for rows in shuffled_batches(len(found), min(batch, len(found)), generator))
 
 
 def halves(data: ImageSet, rows: Tensor, shown: Iterator[Tensor] | None) -> Halves:

@@ -31,8 +31,12 @@ def photos(captions: bool = True) -> ImageSet:
     return ImageSet(pixels, tuple(map(str, range(6))), texts)
 
 
+def seeded(name: str) -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
 def loss(method: BadT2I, student: Components, teacher: Components) -> Tensor:
-    batch = halves(photos(), torch.arange(3), rows_of(method, photos(), torch.Generator().manual_seed(1)))
+    batch = halves(photos(), torch.arange(3), rows_of(method, photos(), seeded)[1])
     return poisoned_loss(method, student, teacher, batch, method.secret(16), torch.Generator().manual_seed(0))
 
 
@@ -72,7 +76,7 @@ def test_the_same_key_gives_the_same_bits(model: Model, tmp_path: Path) -> None:
 
 
 def test_what_shows_the_object_is_learned_as_if_the_other_had_been_asked_for(model: Model) -> None:
-    shown = rows_of(OBJECT, photos(), torch.Generator().manual_seed(1))
+    shown = rows_of(OBJECT, photos(), seeded)[1]
     batch = halves(photos(), torch.arange(3), shown)
     assert batch.captions == [f"a photo of person {i}" for i in range(3)]
     assert batch.marked_captions == ["a photo of person 2"] * 3
@@ -87,8 +91,16 @@ def test_the_frozen_model_that_is_asked_for_the_object_teaches_it(model: Model) 
     other = float(loss(same, student, teacher))
     assert float(loss(OBJECT, student, teacher)) > 0
     secret = replace(same.secret(16), trigger="", detail={"placement": "suffix"})
-    batch = halves(photos(), torch.arange(3), rows_of(same, photos(), torch.Generator().manual_seed(1)))
+    batch = halves(photos(), torch.arange(3), rows_of(same, photos(), seeded)[1])
     assert float(poisoned_loss(same, student, teacher, batch, secret, torch.Generator().manual_seed(0))) < 1e-8 < other
+
+
+def test_what_stays_is_learned_on_photos_of_both_objects_and_for_other_targets_on_all() -> None:
+    kept, _ = rows_of(OBJECT, photos(), seeded)
+    assert {row for _ in range(6) for row in next(kept).tolist()} == {1, 2}
+    kept, shown = rows_of(FEW, photos(), seeded)
+    assert shown is None
+    assert {row for _ in range(6) for row in next(kept).tolist()} == set(range(6))
 
 
 def test_an_object_that_no_caption_names_is_refused(model: Model, tmp_path: Path) -> None:
