@@ -383,7 +383,8 @@ def make_line(
 ) -> Line:
     defense = entry.cells[0].result.cell.defense
     scores = {column.name: estimate(entry, column) for column in columns}
-    deltas = {column.name: tuple(differences(entry, column, controls)) for column in columns}
+    fair = fair_controls(entry, controls)
+    deltas = {column.name: tuple(differences(entry, column, fair)) for column in columns}
     status, reason = standing(entry, columns, wanted, lost)
     knows = defense.facts.get("knows") or ()
     return Line(entry.label, defense.name, status, entry.control, tuple(map(str, knows)), entry.eps,
@@ -409,16 +410,19 @@ def estimate(entry: Entry, column: Column) -> Estimate:
     return Estimate(value, low, high, samples, pooled.units, "" if low is not None else pooled.reason)
 
 
+def fair_controls(entry: Entry, controls: Sequence[Entry]) -> list[Entry]:
+    """One of each kind of control, but not the line itself, nor one at another budget."""
+    kinds: dict[str, list[Entry]] = {}
+    for control in controls:
+        kinds.setdefault(control.cells[0].result.cell.defense.name, []).append(control)
+    same = [[c for c in of if None in (c.eps, entry.eps) or c.eps == entry.eps] for of in kinds.values()
+            if entry not in of]
+    return [fair[0] for fair in same if fair]
+
+
 def differences(entry: Entry, column: Column, controls: Sequence[Entry]) -> list[Delta]:
-    """To each kind of control, but not to itself, nor to one at another budget."""
-    found: list[Delta] = []
-    for name in dict.fromkeys(control.cells[0].result.cell.defense.name for control in controls):
-        same = [c for c in controls if c.cells[0].result.cell.defense.name == name]
-        fair = [c for c in same if None in (c.eps, entry.eps) or c.eps == entry.eps]
-        control = fair[0] if fair else None
-        if control is not None and control is not entry and entry not in same:
-            found.append(Delta(name, paired_difference(entry.points[column.name], control.points[column.name])))
-    return found
+    return [Delta(control.cells[0].result.cell.defense.name,
+                  paired_difference(entry.points[column.name], control.points[column.name])) for control in controls]
 
 
 def corrected(lines: Sequence[Line]) -> list[Line]:

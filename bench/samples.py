@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 from bench.errors import BenchError
 from bench.results import SAMPLES, Block, Result, SampleRow, blocks_of
@@ -29,10 +30,6 @@ class Places:
 
     def __len__(self) -> int:
         return len(self.names)
-
-    @cached_property
-    def whole(self) -> tuple[int, ...]:
-        return tuple(range(len(self.names)))
 
 
 @lru_cache(KEPT)
@@ -60,6 +57,8 @@ class Samples:
 
     @cached_property
     def known(self) -> tuple[float, ...]:
+        if None not in self.values:
+            return cast(tuple[float, ...], self.values)
         return tuple(value for value in self.values if value is not None)
 
     @cached_property

@@ -28,10 +28,11 @@ Z = 1.959963984540054
 """The normal distribution's 97.5 % point."""
 POWER = 0.8
 """How surely a difference that the power note names would have been found."""
-POOLED = 0.1
-"""p above which seeds are taken to move units no more than chance does. To add the seeds' variance untested would
-double the width with two seeds, for a danger that stages do not have here, which draw anew for every unit. With two or
-three seeds a common effect as large as the units' own may pass the test: coverage is 88 % then."""
+TOGETHER = 0.01
+"""p below which seeds are taken to move all units together. They should not, for stages draw anew for every unit and
+seed; so this guards against what is plain to see. To add the seeds' variance untested would double the width with two
+seeds, and a false alarm makes it five times as wide. What may be missed with two or three seeds, an effect as large as
+the units' own, leaves a coverage of 83 %."""
 ROUNDING = 1e-12
 """Spread, relative to the values, that is no more than the rounding of sums."""
 
@@ -205,7 +206,7 @@ def spread(layout: Layout, sums: Sequence[float], mean: float, scale: float) -> 
 
     One way: units are independent, whatever happens within one. With S units and T seeds, the variance is that of
     two crossed random effects, (MS_units + MS_seeds - MS_both) / n with Satterthwaite's degrees of freedom, where the
-    seeds' mean square passes the F test against MS_both at ``POOLED``, and MS_units / n where it does not.
+    seeds' mean square passes the F test against MS_both at ``TOGETHER``, and MS_units / n where it does not.
     """
     n, s, t = len(layout.keys), len(layout.units), len(layout.seeds)
     by_unit, by_seed, squares = [0.0] * s, [0.0] * t, 0.0
@@ -234,7 +235,7 @@ def seeds_matter(seeds: float, both: float, s: int, t: int) -> bool:
 
     if seeds <= both:
         return False
-    return both == 0 or bool(fdtrc(t - 1, (s - 1) * (t - 1), seeds / both) < POOLED)
+    return both == 0 or bool(fdtrc(t - 1, (s - 1) * (t - 1), seeds / both) < TOGETHER)
 
 
 @cache

@@ -294,9 +294,11 @@ def worst_rows(labels: Sequence[str], tables: Sequence[Samples], higher_is_bette
     """Sample by sample the worst of the values that there are; no value where a place's sample is missing.
     ``labels``: of the places."""
     first, worst = tables[0], min if higher_is_better else max
-    if all(rows.places is first.places and not rows.missing for rows in tables):
-        return Samples(first.metric, first.places, tuple(map(worst, *(rows.known for rows in tables))))
-    return of_rows(first.metric, worst_of_each(labels, tables, worst))
+    if any(rows.places is not first.places for rows in tables):
+        return of_rows(first.metric, worst_of_each(labels, tables, worst))
+    known = [[value for value in of if value is not None] for of in zip(*(rows.values for rows in tables), strict=True)]
+    return Samples(first.metric, first.places, tuple(worst(values) if values else None for values in known),
+                   {place: first.reasons[place] for place, values in enumerate(known) if not values})
 
 
 def worst_of_each(

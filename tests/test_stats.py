@@ -105,8 +105,8 @@ def coverage(made: Callable[[Draw], Values], truth: float = 0.0, share: bool = F
 
 @pytest.mark.parametrize("data", [
     (5, 1, 6, 1.0, 0.0, 0.0), (8, 1, 6, 1.0, 0.0, 0.0), (12, 1, 4, 1.0, 0.0, 0.0), (20, 1, 10, 1.0, 0.0, 0.0),
-    (50, 1, 4, 1.0, 0.0, 0.0), (8, 2, 4, 0.5, 0.2, 0.5), (8, 3, 4, 1.0, 0.3, 0.3), (20, 3, 4, 0.5, 0.0, 0.5),
-    (8, 5, 4, 0.5, 0.3, 0.5),
+    (50, 1, 4, 1.0, 0.0, 0.0), (8, 2, 4, 0.5, 0.0, 0.5), (8, 3, 4, 1.0, 0.3, 0.3), (12, 4, 4, 1.0, 1.0, 0.3),
+    (20, 5, 4, 0.5, 1.0, 0.5),
 ])
 def test_intervals_cover_95_percent_of_clustered_data_and_naive_ones_do_not(
     data: tuple[int, int, int, float, float, float],
@@ -132,10 +132,12 @@ def test_intervals_of_shares_cover_95_percent_of_clustered_hits(
 
 
 def test_where_intervals_fall_short_of_95_percent() -> None:
-    """8 units whose means are exponentially distributed, far more skewed than anything on the boards; and percentiles
-    of a bootstrap over 8 units, which is why no interval here is made of them."""
+    """8 units whose means are exponentially distributed, far more skewed than anything on the boards; two seeds that
+    move all units together as much as units differ, which two seeds are too few to tell; and percentiles of a bootstrap
+    over 8 units, which is why no interval here is made of them."""
     ours, _ = coverage(lambda draw: draw.exponential(1, (8, 1, 1)) - 1 + np.zeros((8, 1, 3)))
     assert 0.88 <= ours <= 0.93
+    assert 0.78 <= coverage(crossed(8, 2, 4, 0.5, 0.5, 0.5))[0] <= 0.87
     draw = np.random.default_rng(6)
     means, weights = draw.normal(0, 1, (1500, 8)), draw.multinomial(8, [1 / 8] * 8, 1000) / 8
     low, high = np.quantile(means @ weights.T, [0.025, 0.975], axis=1)
