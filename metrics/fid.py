@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bench.errors import BenchError
 from bench.options import require
 from bench.plugin import plugin
-from bench.records import Evidence, Measurement
+from bench.records import EditingEvidence, Evidence, Measurement
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,6 +47,8 @@ class Fid:
         from bench.features import extractor
         from bench.set_distance import measure_sets, missing, sets_of
 
+        if isinstance(evidence, EditingEvidence):
+            raise BenchError("fid: needs the evidence of a customization or of a backdoor cell.")
         extract = extractor(self.extractor, ctx.device)
         sets = sets_of(evidence, extract, self.limit)
         facts: dict[str, Any] = {**extract.facts, "components": self.components}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import discovery
 from bench.cli import run
 from bench.errors import BenchError
 from bench.plugin import REGISTRY
@@ -32,6 +33,7 @@ FEW = {"steps": 2, "batch": 4}
 def test_every_written_plugin_is_short_and_conforms(
     kind: str, track: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    discovery.load()  # before the registry is copied: it loads once per process
     monkeypatch.setattr(REGISTRY, "facts", dict(REGISTRY.facts))
     monkeypatch.setattr(REGISTRY, "classes", dict(REGISTRY.classes))
     name = f"written_{kind}_{track}"
@@ -61,9 +63,13 @@ def test_every_written_plugin_is_short_and_conforms(
     (["defense"], "give a kind and a name, for example bench new-plugin defense mine"),
     (["defense", "mine", "--track"], "--track lacks a value"),
 ])
-def test_what_cannot_be_written_is_one_clear_error(words: list[str], message: str) -> None:
+def test_what_cannot_be_written_is_one_clear_error(
+    words: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(BenchError, match=message):
         new_plugin(words)
+    assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

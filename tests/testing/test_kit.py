@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from bench import discovery
 from bench.errors import BenchError
 from bench.plugin import REGISTRY, plugin
 from bench.records import Budget, Customised, Measurement, Row
@@ -28,6 +29,7 @@ METRIC: dict[str, Any] = {"kind": "metric", "track": ("customization",), "paper"
 @pytest.fixture
 def declare(monkeypatch: pytest.MonkeyPatch) -> Declare:
     """A case of a class, declared in a registry that ends with the test."""
+    discovery.load()  # before the registry is copied: it loads once per process
     monkeypatch.setattr(REGISTRY, "facts", dict(REGISTRY.facts))
     monkeypatch.setattr(REGISTRY, "classes", dict(REGISTRY.classes))
 
