@@ -161,7 +161,8 @@ def send_board(folder: Path, tracker: WandbTracker) -> None:
     with tracker.begin(id, folder, group=folder.name, job_type="leaderboard", name=f"leaderboard {folder.name}",
                        tags=["leaderboard"], config={"suite": folder.name}) as run:
         run.log({"leaderboard": table_of(ranking(rows)), "measurements": table_of(rows)})
-        run.summary.update({"cells": len(results), **Counter(result.status for result in results)})
+        counts: dict[str, int] = Counter(result.status for result in results)
+        run.summary.update({"cells": len(results), **counts})
         run.log_artifact(referring(f"suite-{folder.name}", "suite", suite_files(folder), {"cells": len(results)}))
 
 
@@ -199,7 +200,7 @@ def table_of(rows: Sequence[Mapping[str, Any]]) -> Any:
     """A W&B table of rows that have the same columns."""
     import wandb
 
-    columns = list(rows[0]) if rows else ["board"]
+    columns: list[str | int] = [*rows[0]] if rows else ["board"]
     return wandb.Table(columns=columns, data=[list(row.values()) for row in rows[:MOST]], allow_mixed_types=True)
 
 
