@@ -40,12 +40,15 @@ class Compared:
 
 @dataclass(frozen=True)
 class Rerun:
-    """A cell that was run again. ``error``: why it could not be, or what it ended with."""
+    """A cell that was run again. ``error``: why it could not be, or what it ended with; ``outdated``: it was not even
+    tried, for a run here would be another cell."""
 
+    folder: Path
     cell: str
     title: str
     compared: tuple[Compared, ...] = ()
     error: str = ""
+    outdated: bool = False
 
     @property
     def agrees(self) -> bool:
@@ -65,28 +68,47 @@ class Rerun:
         return ", ".join(f"{counts[word]} {meaning}" for word, meaning in MEANINGS.items() if counts[word])
 
 
-def sampled(cells: Mapping[Path, Result], count: int, seed: int = 0) -> list[Path]:
-    """The folders of ``count`` cells that ran to their end, drawn by ``seed`` and the cells' names alone, so that
-    everybody draws the same."""
+def drawn(cells: Mapping[Path, Result], seed: int = 0) -> list[Path]:
+    """The folders of all cells that ran to their end, in an order that ``seed`` and the cells' names alone decide, so
+    that everybody draws the same."""
     ran = [path for path, result in cells.items() if result.status == "ok"]
-    drawn = sorted(ran, key=lambda path: hashlib.sha256(f"{seed}/{cells[path].cell.id}".encode()).hexdigest())
-    return drawn[:count]
+    return sorted(ran, key=lambda path: hashlib.sha256(f"{seed}/{cells[path].cell.id}".encode()).hexdigest())
 
 
-def reproduce(cells: Mapping[Path, Result], chosen: Sequence[Path], device: str,
+def reproduce(cells: Mapping[Path, Result], order: Sequence[Path], count: int, device: str,
               tell: Callable[[str], None]) -> Iterator[Rerun]:
-    """Run the ``chosen`` cells again, into a store and a results folder that are new and are removed afterwards."""
+    """Run the first ``count`` cells of ``order`` again, into a store and a results folder that are new and are removed
+    afterwards. Those of plugins whose version here is another are told, and the next ones take their places."""
+    left = count
     with tempfile.TemporaryDirectory(prefix="bench-verify-") as temp:
-        for path in chosen:
-            tell(f"running cell {cells[path].cell.id} again: {title(cells[path])}")
+        for path in order:
+            if not left:
+                return
+            cell, shown = cells[path].cell.id, title(cells[path])
+            if why := "; ".join(outdated(cells[path])):
+                yield Rerun(path, cell, shown, error=why, outdated=True)
+                continue
+            left -= 1
+            tell(f"running cell {cell} again: {shown}")
             yield run_again(cells[path], path, Path(temp), device)
+
+
+def outdated(recorded: Result) -> Iterator[str]:
+    """The plugins of a cell that are not installed here, or in another version."""
+    metrics = {m.metric: metric_of(m) for m in recorded.measurements}
+    for plugin in [*(getattr(recorded.cell, kind) for kind in SINGLE), *metrics.values()]:
+        known = REGISTRY.facts.get((plugin.kind, plugin.name)) if plugin else None
+        if plugin and known is None:
+            yield f"{plugin.kind} {plugin.name} is not installed here"
+        elif plugin and known and known.version != plugin.version:
+            yield f"{plugin.kind} {plugin.name} was version {plugin.version} and is version {known.version} here"
 
 
 def run_again(recorded: Result, folder: Path, temp: Path, device: str) -> Rerun:
     """One cell, with as many threads as it had, as the runner runs it."""
     from bench.runner import run_cell
 
-    shown = title(recorded)
+    run = Rerun(folder, recorded.cell.id, title(recorded))
     try:
         cell = rebuilt(recorded)
         if cell.id != recorded.cell.id:
@@ -96,11 +118,11 @@ def run_again(recorded: Result, folder: Path, temp: Path, device: str) -> Rerun:
         how = Settings(temp / "results", temp / "store", device, threads, Tracker(wandb="disabled"))
         again = run_cell(cell, how)
         if again.status != "ok":
-            return Rerun(recorded.cell.id, shown, error=again.error.message if again.error else again.reason)
+            return replace(run, error=again.error.message if again.error else again.reason)
         rows = _rows(folder), _rows(cell.folder(how.results))
     except BenchError as error:
-        return Rerun(recorded.cell.id, shown, error=str(error))
-    return Rerun(recorded.cell.id, shown, tuple(compared(recorded, again, *rows)))
+        return replace(run, error=str(error))
+    return replace(run, compared=tuple(compared(recorded, again, *rows)))
 
 
 def rebuilt(recorded: Result) -> Cell:
@@ -160,9 +182,7 @@ def reasons(recorded: CellRecord, cell: Cell) -> Iterator[str]:
     here = cell_record(cell)
     for kind in SINGLE:
         then, now = getattr(recorded, kind), getattr(here, kind)
-        if then and now and then.version != now.version:
-            yield f"{kind} {then.name} was version {then.version} and is version {now.version} here"
-        elif then and now and then.parameters != now.parameters:
+        if then and now and then.parameters != now.parameters:
             differ = sorted(k for k in then.parameters.keys() | now.parameters.keys()
                             if then.parameters.get(k) != now.parameters.get(k))
             yield f"{kind} {then.name} has other options here: {', '.join(differ)}"

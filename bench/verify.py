@@ -583,19 +583,21 @@ def _raised(used: Iterable[tuple[str, str, int]]) -> Iterator[str]:
 
 def reproduce_cells(report: Report, count: int, seed: int, device: str, tell: Callable[[str], None]) -> None:
     """Run ``count`` cells again, drawn by ``seed``; ``tell`` names each before it runs."""
-    from bench.reproduce import OUTSIDE, reproduce, sampled
+    from bench.reproduce import OUTSIDE, drawn, reproduce
 
-    chosen = sampled(report.cells, count, seed)
-    if not chosen:
-        report.wrong(report.folder, "", "holds no cell that ran to its end, so none can be run again")
-    for path, rerun in zip(chosen, reproduce(report.cells, chosen, device, tell), strict=True):
+    for rerun in reproduce(report.cells, drawn(report.cells, seed), count, device, tell):
+        if rerun.outdated:
+            report.notes.append(f"{rerun.cell} ({rerun.title}) was drawn and not run again: {rerun.error}.")
+            continue
         report.reruns.append(rerun)
         if rerun.error:
-            report.wrong(path / RESULT, rerun.cell, f"could not be run again: {rerun.error}")
+            report.wrong(rerun.folder / RESULT, rerun.cell, f"could not be run again: {rerun.error}")
         for one in rerun.compared:
             if one.verdict == OUTSIDE:
-                report.wrong(path / RESULT, rerun.cell, f"{one.name}: run again here it is another", one.recorded,
-                             one.again)
+                report.wrong(rerun.folder / RESULT, rerun.cell, f"{one.name}: run again here it is another",
+                             one.recorded, one.again)
+    if not report.reruns:
+        report.wrong(report.folder, "", "holds no cell that this version can run again")
 
 
 def told(report: Report) -> Iterator[str]:

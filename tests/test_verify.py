@@ -26,7 +26,7 @@ from bench.leaderboard import write_boards
 from bench.planner import Planned, freeze
 from bench.plugin import REGISTRY
 from bench.protocols import CustomizationProtocol
-from bench.reproduce import sampled, verdict
+from bench.reproduce import drawn, verdict
 from bench.results import MeasurementRecord, SampleRow, read_result, read_rows, result_folders, write_result
 from bench.runner import run_cell
 from bench.verify import Report, reproduce_cells, told, verify_folder, verify_suite
@@ -329,24 +329,29 @@ def _pixels(file: Path) -> Any:
     return read_png(file)
 
 
-def test_a_cell_of_another_version_is_not_run_and_says_why(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_of_another_version_is_told_and_another_is_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = REGISTRY.facts["defense", "noise"]
-    monkeypatch.setattr(SignNoise, "__plugin__", replace(facts, version=2))
+    monkeypatch.setitem(REGISTRY.facts, ("defense", "noise"), replace(facts, version=2))
+    report = verify_suite(place.suite, None, boards=False)
+    reproduce_cells(report, 2, 0, "cpu", lambda line: None)
+    assert report.grade == "reproduced" and [r.cell for r in report.reruns] == [place.cell("none").name]
+    assert "not run again: defense noise was version 1 and is version 2 here" in "".join(report.notes)
     shutil.rmtree(place.cell("none"))
     (place.suite / "plan.jsonl").unlink()
     report = verify_suite(place.suite, None, boards=False)
-    reproduce_cells(report, 1, 0, "cpu", lambda line: None)
-    assert "defense noise was version 1 and is version 2 here" in report.reruns[0].error
-    assert report.grade == "claimed"
+    reproduce_cells(report, 2, 0, "cpu", lambda line: None)
+    assert [p.what for p in report.problems] == ["holds no cell that this version can run again"]
 
 
 def test_the_draw_depends_on_seed_and_names_alone(original: Place) -> None:
-    cells = {Path(f"x{i:02d}"): read_result(original.cell()).model_copy(update={"cell": read_result(
-        original.cell()).cell.model_copy(update={"id": f"{i:016d}"})}) for i in range(20)}
+    result = read_result(original.cell())
+    cells = {Path(f"x{i:02d}"): result.model_copy(update={"cell": result.cell.model_copy(update={"id": f"{i:016d}"})})
+             for i in range(20)}
     backwards = dict(reversed(cells.items()))
-    assert sampled(cells, 5) == sampled(backwards, 5)
-    assert sampled(cells, 5, 1) != sampled(cells, 5)
-    assert len(sampled(cells, 99)) == 20
+    assert drawn(cells) == drawn(backwards) and set(drawn(cells)) == set(cells)
+    assert drawn(cells, 1) != drawn(cells)
+    failed = {path: cell.model_copy(update={"status": "n/a"}) for path, cell in cells.items()}
+    assert drawn(failed) == []
 
 
 @pytest.mark.parametrize(("again", "expected"), [
