@@ -193,7 +193,7 @@
       const interval = low === null || low === undefined ? "" : `[${short(low)}, ${short(high)}]`;
       const unit = what.unit ? make("span", { class: "sub" }, ` ${what.unit}`) : "";
       const shown = value === null ? make("span", { class: "sub" }, reason) : short(value);
-      return [make("span", {}, name, unit), shown, interval, `${n} of ${units}`, code(what.hash)];
+      return [make("span", {}, name, unit), shown, interval, units ? `${n} of ${units}` : String(n), code(what.hash)];
     });
     return rows.length ? table(["measurement", "value", "95 % interval", "n of units", "protocol hash"], rows) : "none";
   }

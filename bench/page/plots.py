@@ -164,8 +164,8 @@ def _ends(axis: Axis, worse: float, better: float) -> tuple[float, float]:
 
 def _mark(candidate: Candidate, leads: bool, xs: Scale, ys: Scale) -> Mark:
     up = candidate.up
-    ends = (None if n is None else ys.at(n) for n in (up.low, up.high))
-    return Mark(candidate.label, candidate.control, leads, xs.at(candidate.across), ys.at(up.value or 0.0), *ends)
+    low, high = (None if n is None else ys.at(n) for n in (up.low, up.high))
+    return Mark(candidate.label, candidate.control, leads, xs.at(candidate.across), ys.at(up.value or 0.0), low, high)
 
 
 def _stairs(steps: Sequence[tuple[float, float]]) -> str:
