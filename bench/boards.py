@@ -337,7 +337,7 @@ def find_points(runs: Sequence[Run], column: Column) -> Tally:
 
 
 def measured(run: Run, column: Column) -> MeasurementRecord | None:
-    found = run.result.measurement(column.measurement)
+    found = run.found.get(column.measurement)
     return found if found and found.protocol_hash == column.protocol_hash else None
 
 
@@ -446,7 +446,7 @@ def judge(defenses: Sequence[Line], column: str) -> dict[tuple[str, str], tuple[
 def marked(delta: Delta, judged: tuple[float, float | None] | None) -> Delta:
     p, least = judged or (None, None)
     sure = "**" if p is not None and p < ALPHA else "*"
-    return replace(delta, mark=sure if delta.difference.excludes_zero else "", p_holm=p, detectable=least)
+    return Delta(delta.control, delta.difference, sure if delta.difference.excludes_zero else "", p, least)
 
 
 def power(lines: Sequence[Line], columns: Sequence[Column]) -> Power | None:

@@ -6,7 +6,8 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from itertools import chain
 from pathlib import Path
 
 from bench.config import SERVED_BY_DATA
@@ -33,6 +34,11 @@ class Run:
     rows: Mapping[str, Samples]
     lacks: tuple[str, ...] = ()
     made_of: tuple[str, ...] = ()
+
+    @cached_property
+    def found(self) -> dict[str, MeasurementRecord]:
+        """The measurements by name."""
+        return {measured.name: measured for measured in self.result.measurements}
 
     @property
     def cells(self) -> tuple[str, ...]:
@@ -108,7 +114,8 @@ def samples_of(runs: Sequence[Run], name: str) -> Tally:
     """The samples of one measurement that have a value, over runs."""
     found = [(run.result.cell, rows) for run in runs if (rows := run.rows.get(name))]
     layout = layout_over(tuple((str(cell.seed), cell.track == "backdoor", rows.known_places) for cell, rows in found))
-    return Tally(layout, tuple(value for _, rows in found for value in rows.known))
+    return Tally(layout, found[0][1].known if len(found) == 1 else tuple(chain.from_iterable(
+        rows.known for _, rows in found)))
 
 
 @lru_cache(KEPT)

@@ -85,26 +85,35 @@ def read_samples(result: Result, folder: Path) -> dict[str, Samples]:
     for block in blocks_of(result, folder):
         for metric in block.values:
             parts.setdefault(metric, []).append(block)
+    made, places = {}, dict[tuple[int, ...], Places]()
     try:
-        return {metric: joined(metric, of) for metric, of in parts.items()}
+        for metric, of in parts.items():
+            which = tuple(map(id, of))
+            if which not in places:
+                places[which] = places_in(of)
+            made[metric] = joined(metric, of, places[which])
+        return made
     except ValueError as error:
         raise BenchError(f"results: {folder / SAMPLES} holds a row that is not valid: {error}.") from error
 
 
-def joined(metric: str, blocks: Sequence[Block]) -> Samples:
+def places_in(blocks: Sequence[Block]) -> Places:
+    return places_of(tuple(chain.from_iterable([block.cluster] * len(block.samples) for block in blocks)),
+                     tuple(chain.from_iterable(block.samples for block in blocks)))
+
+
+def joined(metric: str, blocks: Sequence[Block], places: Places) -> Samples:
     """One measurement of all clusters."""
-    clusters = tuple(chain.from_iterable([block.cluster] * len(block.samples) for block in blocks))
-    names = tuple(chain.from_iterable(block.samples for block in blocks))
     values = tuple(chain.from_iterable(block.values[metric] for block in blocks))
     if any(len(block.values[metric]) != len(block.samples) for block in blocks):
-        raise ValueError(f"{metric} has {len(values)} values of {len(names)} samples")
+        raise ValueError(f"{metric} has {len(values)} values of {len(places)} samples")
     reasons: dict[int, str] = {}
     start = 0
     for block in blocks:
         if metric in block.reasons:
             reasons.update({start + int(place): why for place, why in block.reasons[metric].items()})
         start += len(block.samples)
-    return checked(Samples(metric, places_of(clusters, names), values, reasons))
+    return checked(Samples(metric, places, values, reasons))
 
 
 def checked(samples: Samples) -> Samples:

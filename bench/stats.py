@@ -191,7 +191,7 @@ def mean_interval(points: Sampled, share: bool = False) -> Estimate:
     if units < FEWEST:
         return Estimate(value, None, None, n, units, too_few(units))
     found = spread(of.layout, of.sums, value, max(map(abs, of.sums)))
-    if share and all(v in (0.0, 1.0) for v in of.values):
+    if share and set(of.values) <= {0.0, 1.0}:
         return Estimate(value, *clustered_wilson(round(sum(of.values)), n, units, found), n, units)
     half = t_point(found.freedom) * found.error
     low, high = value - half, value + half
