@@ -620,7 +620,7 @@ def _rounded(value: Any) -> Any:
         return [_rounded(v) for v in value]
     if isinstance(value, dict):
         return {k: _rounded(v) for k, v in value.items()}
-    return {name: _rounded(getattr(value, name)) for name in _names(type(value))}
+    return {name: _rounded(getattr(value, name)) for name in _names(value.__class__)}
 
 
 @cache
