@@ -69,7 +69,7 @@ def original(tiny_sd: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     discovery.load()
     root = tmp_path_factory.mktemp("verified")
     shutil.copytree(tiny_sd, root / "model")
-    cells = [planned(root / "model", defense) for defense in (NoDefense(), SignNoise(eps=4))]
+    cells = [planned(root / "model", defense) for defense in (NoDefense(), SignNoise(eps=4.0))]
     list(freeze([Planned(cell, "run") for cell in cells], root / "results"))
     for cell in cells:
         how = Settings(root / "results", root / "store", "cpu", 1, Tracker(wandb="disabled"))
