@@ -17,7 +17,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, dataclass_transform
 
 from bench.errors import BenchError, unknown
 from bench.identity import ADDED
@@ -184,6 +184,7 @@ class Registry:
 REGISTRY = Registry()
 
 
+@dataclass_transform()
 def plugin(kind: str, name: str, *, track: Sequence[str] = TRACKS, **facts: Any) -> Callable[[type[P]], type[P]]:
     """Declare a plugin of ``kind`` called ``name``; further keywords are the fields of :class:`Facts`."""
     if kind not in KINDS:

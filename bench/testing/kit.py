@@ -2,7 +2,8 @@
 
 In the tests of a plugin::
 
-    from bench.testing import conformance
+    from bench.compat import SERVED_BY_MODEL
+from bench.testing import conformance
 
     test_mine = conformance("mine")
 
@@ -101,7 +102,7 @@ def checks_of(case: Case) -> dict[str, Check]:
 def photo_checks(case: Case) -> list[str]:
     found = [*PHOTO_DEFENSES, *(["photos_apart"] if case.apart else [])]
     found += [] if case.facts.control else ["moves_pixels"]
-    return [*found, "follows_model"] if set(case.facts.needs) & set(declared.SERVED_BY_MODEL) else found
+    return [*found, "follows_model"] if set(case.facts.needs) & set(SERVED_BY_MODEL) else found
 
 
 def model_checks(case: Case) -> list[str]:
