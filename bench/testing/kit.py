@@ -2,8 +2,7 @@
 
 In the tests of a plugin::
 
-    from bench.compat import SERVED_BY_MODEL
-from bench.testing import conformance
+    from bench.testing import conformance
 
     test_mine = conformance("mine")
 
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import discovery
+from bench.compat import SERVED_BY_MODEL
 from bench.errors import BenchError, unknown
 from bench.plugin import REGISTRY, facts_of
 from bench.testing import declared
