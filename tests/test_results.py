@@ -237,15 +237,19 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
         read_suite(tmp_path / "nowhere")
 
 
-def test_a_crash_before_the_end_leaves_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+def test_a_crash_leaves_the_old_result_whole_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int,
+) -> None:
+    """Files are written beside the old ones by two renames; only then do they take their places."""
     import os
 
     folder = tmp_path / "abc"
-    write(folder)
-    done = []
+    before = write(folder)
+    done: list[Path] = []
 
     def replace(source: Path, target: Path, real: Any = os.replace) -> None:
-        if done:
+        if len(done) == steps:
             raise KeyboardInterrupt
         done.append(target)
         real(source, target)
@@ -253,8 +257,9 @@ def test_a_crash_before_the_end_leaves_no_result(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(KeyboardInterrupt):
         write(folder, stamp="second")
-    assert sorted(p.name for p in folder.iterdir()) == ["samples.jsonl"]
-    assert read_suite(tmp_path) == []
+    assert read_suite(tmp_path) == ([before] if steps < 2 else [])
+    assert steps >= 2 or read_rows(folder)
+    assert not list(folder.glob(".new-*"))
 
 
 def test_a_full_disk_is_one_error_and_keeps_what_is_finished(tmp_path: Path) -> None:
