@@ -235,15 +235,19 @@ def family_tables(family: Sequence[Run]) -> list[Table]:
 
 
 def worst_table(family: Family) -> Table:
-    """The board of a worst case, with the matrix of what it is the worst of."""
+    """The board of a worst case, with the matrix of what it is the worst of; without one where no line was everywhere,
+    as in a suite that is still running."""
     runs = worst_runs(family)
-    table = make_table(runs, family.name, family.title)
+    table = replace(make_table(runs, family.name, family.title), unpurified=False,
+                    worst_of=tuple(family.places.values()))
+    if not table.columns:
+        return table
     ranked = table.columns[0]
     keys = {entry.label: defense_key(entry.cells[0].result.cell) for entry in find_entries(runs, [])}
     lines = {keys[line.label]: (line.label, line.scores[ranked.name])
              for line in table.lines if line.status in ("ok", "incomplete")}
     matrix = make_matrix(family, ranked.unit, bool(ranked.higher_is_better), lines)
-    return replace(table, unpurified=False, worst_of=tuple(family.places.values()), matrix=matrix)
+    return replace(table, matrix=matrix)
 
 
 def group_tables(group: Sequence[Run]) -> list[Table]:

@@ -65,6 +65,16 @@ def by_hand(defense: PluginRecord, *purifiers: PluginRecord, seeds: tuple[int, .
             for seed in seeds for s in range(SUBJECTS) for i in range(PER)]
 
 
+def test_a_suite_in_which_nothing_was_everywhere_yet_has_its_boards(tmp_path: Path) -> None:
+    put(tmp_path, NONE, PLAIN)
+    put(tmp_path, NOISE, JPEG)
+    write_boards(tmp_path)
+    table = worst(tmp_path)
+    assert (table.matrix, table.columns) == (None, ())
+    assert {(x.label, x.rank, x.reason) for x in table.lines} == {
+        ("none", None, "no cell under jpeg"), ("noise", None, "no cell under none")}
+
+
 def test_every_sample_counts_under_the_purifier_that_served_best(suite: Path) -> None:
     table = worst(suite)
     score = line(table, "shield").scores["ism"]
