@@ -402,7 +402,10 @@ def copies(folder: Path, total: int) -> None:
         (cell / "samples.jsonl").write_bytes(rows[which])
 
 
-@pytest.mark.parametrize(("records", "seconds"), [(500, 6), pytest.param(10_000, 60, marks=pytest.mark.slow)])
+MANY = pytest.param(10_000, 30, marks=[pytest.mark.slow, pytest.mark.xfail(reason="takes 49 s: the goal is open")])
+
+
+@pytest.mark.parametrize(("records", "seconds"), [(500, 6), MANY])
 def test_thousands_of_records_in_seconds_and_without_torch(tmp_path: Path, records: int, seconds: float) -> None:
     copies(tmp_path, records)
     code = ("import sys, pathlib, time; from bench.leaderboard import write_boards; t = time.process_time(); "
