@@ -84,10 +84,11 @@ def test_a_worker_that_is_killed_takes_no_cell_with_it(tmp_path: Path, launcher:
 
 
 def started(folder: Path, *words: str) -> subprocess.Popen[bytes]:
-    """A sweep in a process and a session of its own."""
+    """A sweep in a process and a session of its own, which hears Ctrl-C: what is started in the background does not."""
     with (folder / "head.log").open("ab") as log:
         return subprocess.Popen([sys.executable, "-m", "tests.fake_bench", *GRID, *words], stdout=log, stderr=log,
-                                start_new_session=True, cwd=Path(__file__).parents[1])
+                                start_new_session=True, cwd=Path(__file__).parents[1],
+                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def until(holds: object, seconds: float = 20.0) -> None:
