@@ -66,7 +66,7 @@ def test_a_suite_with_one_more_defense_keeps_its_own_cells(tmp_path: Path) -> No
     new = [line for cell, line in after.items() if cell not in before]
     assert sorted(line["title"] for line in new) == [
         f"photoguard_micro · {rest} · micro-sd-a · seed 0"
-        for rest in ("dreambooth_quick", "jpeg · zero_shot", "lora_brief", "zero_shot")]
+        for rest in ("dreambooth_quick", "inpaint_micro", "jpeg · zero_shot", "lora_brief", "zero_shot")]
     assert all(line["plan"] == "run" for line in new)
 
 
