@@ -95,13 +95,23 @@ def reproduce(cells: Mapping[Path, Result], order: Sequence[Path], count: int, d
 
 def outdated(recorded: Result) -> Iterator[str]:
     """The plugins of a cell that are not installed here, or in another version."""
-    metrics = {m.metric: metric_of(m) for m in recorded.measurements}
-    for plugin in [*(getattr(recorded.cell, kind) for kind in SINGLE), *metrics.values()]:
-        known = REGISTRY.facts.get((plugin.kind, plugin.name)) if plugin else None
-        if plugin and known is None:
+    for plugin in used(recorded):
+        known = REGISTRY.facts.get((plugin.kind, plugin.name))
+        if known is None:
             yield f"{plugin.kind} {plugin.name} is not installed here"
-        elif plugin and known and known.version != plugin.version:
+        elif known.version != plugin.version:
             yield f"{plugin.kind} {plugin.name} was version {plugin.version} and is version {known.version} here"
+
+
+def used(recorded: Result) -> list[PluginRecord]:
+    """Every plugin that a result rests on, its metrics last."""
+    metrics = {m.metric: metric_of(m) for m in recorded.measurements}
+    return [*singles(recorded.cell).values(), *metrics.values()]
+
+
+def singles(cell: CellRecord) -> dict[str, PluginRecord]:
+    """The plugins that a cell has one of, by kind."""
+    return {kind: plugin for kind in SINGLE if (plugin := getattr(cell, kind))}
 
 
 def run_again(recorded: Result, folder: Path, temp: Path, device: str) -> Rerun:
@@ -130,7 +140,7 @@ def rebuilt(recorded: Result) -> Cell:
     record, words = recorded.cell, [str(word) for word in recorded.provenance.get("overrides", ())]
     pickles, resolve = "allow_pickle=true" in words, remembered()
     model = resolve(place_of(record.model, "model", words), pickles)
-    made = {kind: made_from(plugin) for kind in SINGLE if (plugin := getattr(record, kind))}
+    made = {kind: made_from(plugin) for kind, plugin in singles(record).items()}
     metrics = {m.metric: made_from(metric_of(m)) for m in recorded.measurements}
     cell = Cell(
         "", recorded.suite, record.track, place_of(record.model, "model", words), model.digest, model.capabilities,
@@ -171,8 +181,7 @@ def metric_of(measured: MeasurementRecord) -> PluginRecord:
 
 def labels(cell: CellRecord) -> dict[str, str]:
     """What boards called the choices, without the variant, which the new record adds itself."""
-    found = {kind: plugin for kind in SINGLE if (plugin := getattr(cell, kind))}
-    return {kind: plugin.label.removesuffix(f" ({plugin.variant})") for kind, plugin in found.items()}
+    return {kind: plugin.label.removesuffix(f" ({plugin.variant})") for kind, plugin in singles(cell).items()}
 
 
 def reasons(recorded: CellRecord, cell: Cell) -> Iterator[str]:
