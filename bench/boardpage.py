@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bench import boardtext
+from bench import sheets
 from bench.boards import Boards
 from bench.page.cells import Kept, make_island, ordered
 from bench.page.views import Track, make_tracks
@@ -56,8 +56,8 @@ def rendered(boards: Boards, tracks: Sequence[Track], places: Mapping[str, int])
 
     style, script = own("page.css"), own("page.js")
     known: dict[str, Any] = {
-        "suite": boards.suite, "overview": boardtext.overview(boards), "stamps": boards.stamps, "notes": boards.notes,
-        "legend": boardtext.LEGEND, "tracks": tracks, "style": Markup(style), "script": Markup(script),
+        "suite": boards.suite, "overview": sheets.overview(boards), "stamps": boards.stamps, "notes": boards.notes,
+        "legend": sheets.LEGEND, "tracks": tracks, "style": Markup(style), "script": Markup(script),
         "style_hash": fingerprint(style), "script_hash": fingerprint(script), "cells": Markup(CELLS),
         "left_out": Markup(SAID), "places": lambda ids: " ".join(str(places[id]) for id in ids if id in places),
     }
@@ -75,7 +75,7 @@ def template() -> Template:
 
 def shown(value: object) -> object:
     """Text from results without control characters; what is already markup stays as it is."""
-    return boardtext.printable(value) if type(value) is str else value
+    return sheets.printable(value) if type(value) is str else value
 
 
 @cache

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from bench.boarddata import as_json, comma_separated
 from bench.boardpage import html_page
 from bench.boards import Boards, make_boards
-from bench.boardtext import as_json, comma_separated, markdown, print_terminal
+from bench.boardtext import markdown, print_terminal
 from bench.errors import BenchError
 from bench.files import told, write_atomically
 from bench.page.cells import Kept
@@ -37,16 +40,31 @@ def write_boards(folder: Path) -> Boards:
 
 def texts(folder: Path, names: Iterable[str] = tuple(FILES)) -> tuple[Boards, dict[str, str]]:
     """The boards of a suite, and the text that each of the files ``names`` would have now."""
-    runs, notes = read_runs(folder)
-    boards = make_boards(folder.name, list(runs.values()), notes)
-    kept = [Kept(path, run.result) for path, run in runs.items()]
-    return boards, {name: FILES[name](boards, kept) for name in names}
+    with no_garbage():
+        runs, notes = read_runs(folder)
+        boards = make_boards(folder.name, list(runs.values()), notes)
+        kept = [Kept(path, run.result) for path, run in runs.items()]
+        return boards, {name: FILES[name](boards, kept) for name in names}
 
 
 def read_boards(folder: Path) -> Boards:
     """The boards of the results below ``folder``; a result that cannot be read is named in the notes."""
-    runs, notes = read_runs(folder)
-    return make_boards(folder.name, list(runs.values()), notes)
+    with no_garbage():
+        runs, notes = read_runs(folder)
+        return make_boards(folder.name, list(runs.values()), notes)
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Without the search for cycles: records hold none, and every pass over millions of them, all of which stay, takes
+    as long as a third of the boards."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_runs(folder: Path) -> tuple[dict[Path, Run], list[str]]:

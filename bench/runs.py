@@ -40,6 +40,16 @@ class Run:
         """The measurements by name."""
         return {measured.name: measured for measured in self.result.measurements}
 
+    @cached_property
+    def means(self) -> frozenset[str]:
+        """The measurements whose value is the mean of their rows."""
+        return frozenset(m.name for m in self.result.measurements if is_mean(m, self.rows.get(m.name)))
+
+    @cached_property
+    def line(self) -> str:
+        """See :func:`defense_key`."""
+        return defense_key(self.result.cell)
+
     @property
     def cells(self) -> tuple[str, ...]:
         """The ids of all cells behind it."""

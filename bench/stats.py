@@ -3,24 +3,26 @@
 An interval is the mean ± t times its clustered standard error. For a mean the bootstrap over whole units has that
 error in closed form, up to the factor k / (k - 1) that it lacks; its percentiles with 8 units cover 88 % instead of
 95 %, Student's t with k - 1 degrees of freedom covers what it says. Where units were met with several seeds, and the
-seeds move them together more than chance would, both are clusters. Ranks are resampled: units and seeds, jointly for
-all lines, by draws that are made once, so that everything here is deterministic.
+seeds move them together more than chance would, both are clusters. Everything here is deterministic.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+from bench.draws import RESAMPLES, other_weights, percentiles, weights_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-RESAMPLES = 4000
+    Floats = NDArray[np.float64]
+    Ints = NDArray[np.int64]
+T = TypeVar("T")
 LEVEL = 0.95
 FEWEST = 3
 """Units below which no interval is claimed: two points say nothing about the spread of a population."""
@@ -67,8 +69,23 @@ class Layout:
         return tuple(map(len, self.members))
 
     @cached_property
+    def sampled(self) -> bool:
+        """Whether these are samples with names, not one value for each seed."""
+        return any(name for _, _, name in self.keys)
+
+    @cached_property
     def places(self) -> dict[Key, int]:
         return {key: place for place, key in enumerate(self.keys)}
+
+    @cached_property
+    def by_unit(self) -> tuple[Ints, Ints]:
+        """An order of the cells in which those of a unit stand together, and where each unit starts in it."""
+        return _grouped([unit for unit, _ in self.cells])
+
+    @cached_property
+    def by_seed(self) -> tuple[Ints, Ints]:
+        """The same by seed."""
+        return _grouped([seed for _, seed in self.cells])
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +101,12 @@ class Tally:
     @cached_property
     def sums(self) -> tuple[float, ...]:
         """By cell. fsum is exact, so the order of samples changes no bit."""
-        return tuple(math.fsum([self.values[place] for place in of]) for of in self.layout.members)
+        values = self.values
+        return tuple([math.fsum([values[place] for place in of]) for of in self.layout.members])
+
+    def at(self, layout: Layout, places: Sequence[int]) -> Tally:
+        """The values at ``places``, which are those of ``layout``."""
+        return self if layout is self.layout else Tally(layout, tuple([self.values[place] for place in places]))
 
 
 Sampled = Tally | Sequence[Point]
@@ -130,17 +152,6 @@ class Spread:
     freedom: float
 
 
-@dataclass(frozen=True)
-class Placing:
-    """The rank of a line when units and seeds are resampled: ``first``: the share of draws in which it comes first, a
-    tie being shared; ``mean`` rank; ``low`` and ``high``: the ranks between which it is in 95 % of draws."""
-
-    first: float
-    mean: float
-    low: int
-    high: int
-
-
 # Samples
 
 
@@ -164,13 +175,34 @@ def tally(points: Sampled) -> Tally:
 
 def matched(a: Tally, b: Tally) -> tuple[Tally, Tally]:
     """Both, of the samples that both have."""
-    if a.layout is b.layout:
-        return a, b
-    other = b.layout.places
-    both = [(place, other[key]) for key, place in a.layout.places.items() if key in other]
-    layout = layout_of(tuple(a.layout.keys[place] for place, _ in both))
-    return (Tally(layout, tuple(a.values[place] for place, _ in both)),
-            Tally(layout, tuple(b.values[place] for _, place in both)))
+    layout, of_a, of_b = _shared_places(a.layout, b.layout)
+    return a.at(layout, of_a), b.at(layout, of_b)
+
+
+@lru_cache(4096)
+def _shared_places(a: Layout, b: Layout) -> tuple[Layout, tuple[int, ...], tuple[int, ...]]:
+    """The layout of the keys that both have, in a's order, and where these stand in each."""
+    if a is b:
+        return a, (), ()
+    of_a = tuple(place for key, place in a.places.items() if key in b.places)
+    keys = tuple(a.keys[place] for place in of_a)
+    return a if keys == a.keys else layout_of(keys), of_a, tuple(b.places[key] for key in keys)
+
+
+def by_layout(layouts: Sequence[Layout], make: Callable[[Layout, list[int]], Iterable[T]]) -> list[T]:
+    """What ``make`` gives for each place in ``layouts``; it is asked once for all places of one layout."""
+    places: dict[Layout, list[int]] = {}
+    for place, layout in enumerate(layouts):
+        places.setdefault(layout, []).append(place)
+    made = {place: one for layout, of in places.items() for place, one in zip(of, make(layout, of), strict=True)}
+    return [made[place] for place in range(len(layouts))]
+
+
+def _grouped(names: Sequence[int]) -> tuple[Ints, Ints]:
+    import numpy as np
+
+    order = np.argsort(names, kind="stable")
+    return order, np.searchsorted(np.asarray(names)[order], np.arange(max(names) + 1))
 
 
 # Intervals
@@ -183,46 +215,69 @@ def mean_interval(points: Sampled, share: bool = False) -> Estimate:
     number of samples that independent ones would need for the same error, so that twenty hits in twenty are no
     certainty.
     """
-    of = tally(points)
-    if not of.values:
-        return Estimate(None, None, None, 0, 0, "no values")
-    n, units = len(of), len(of.layout.units)
-    value = math.fsum(of.values) / n
+    return mean_intervals([(tally(points), share)])[0]
+
+
+def mean_intervals(asked: Sequence[tuple[Tally, bool]]) -> list[Estimate]:
+    """As :func:`mean_interval`, of many; those of one layout are computed together."""
+    return by_layout([of.layout for of, _ in asked], lambda layout, at: _means(layout, [asked[i] for i in at]))
+
+
+def _means(layout: Layout, asked: Sequence[tuple[Tally, bool]]) -> Iterator[Estimate]:
+    import numpy as np
+
+    n, units = len(layout.keys), len(layout.units)
+    if not n:
+        yield from (Estimate(None, None, None, 0, 0, "no values") for _ in asked)
+        return
+    values = [math.fsum(of.values) / n for of, _ in asked]
     if units < FEWEST:
-        return Estimate(value, None, None, n, units, too_few(units))
-    found = spread(of.layout, of.sums, value, max(map(abs, of.sums)))
-    if share and set(of.values) <= {0.0, 1.0}:
-        return Estimate(value, *clustered_wilson(round(sum(of.values)), n, units, found), n, units)
+        yield from (Estimate(value, None, None, n, units, too_few(units)) for value in values)
+        return
+    sums = np.array([of.sums for of, _ in asked])
+    for (of, share), value, found in zip(asked, values, spreads(layout, sums, values, np.abs(sums).max(axis=1)),
+                                         strict=True):
+        if share and set(of.values) <= {0.0, 1.0}:
+            low, high = clustered_wilson(round(sum(of.values)), n, units, found)
+        else:
+            low, high = t_interval(value, found, share)
+        yield Estimate(value, low, high, n, units)
+
+
+def t_interval(value: float, found: Spread, share: bool = False) -> tuple[float, float]:
+    """Of a ``share`` within 0 and 1, unless the value itself is not."""
     half = t_point(found.freedom) * found.error
     low, high = value - half, value + half
-    if share:
-        low, high = max(low, min(0.0, value)), min(high, max(1.0, value))
-    return Estimate(value, low, high, n, units)
+    return (max(low, min(0.0, value)), min(high, max(1.0, value))) if share else (low, high)
 
 
-def spread(layout: Layout, sums: Sequence[float], mean: float, scale: float) -> Spread:
-    """Of the mean over all samples, from the ``sums`` of the layout's cells. ``scale``: of the sums that rounding acted
-    on.
+def spreads(layout: Layout, sums: Floats, means: Sequence[float], scales: Floats) -> list[Spread]:
+    """Of means over all samples of one layout, from the ``sums`` [means, cells]. ``scales``: of the sums that rounding
+    acted on.
 
     One way: units are independent, whatever happens within one. With S units and T seeds, the variance is that of
     two crossed random effects, (MS_units + MS_seeds - MS_both) / n with Satterthwaite's degrees of freedom, where the
     seeds' mean square passes the F test against MS_both at ``TOGETHER``, and MS_units / n where it does not.
     """
+    import numpy as np
+
     n, s, t = len(layout.keys), len(layout.units), len(layout.seeds)
-    by_unit, by_seed, squares = [0.0] * s, [0.0] * t, 0.0
-    for (unit, seed), total, count in zip(layout.cells, sums, layout.counts, strict=True):
-        off = total - mean * count
-        if abs(off) > ROUNDING * scale:
-            by_unit[unit] += off
-            by_seed[seed] += off
-            squares += off * off
-    of_units, of_seeds = (math.fsum(x * x for x in of) for of in (by_unit, by_seed))
+    off = sums - np.outer(means, layout.counts)
+    off[np.abs(off) <= ROUNDING * scales[:, None]] = 0.0
+    of_units, of_seeds = ((np.add.reduceat(off[:, order], starts, axis=1) ** 2).sum(axis=1)
+                          for order, starts in (layout.by_unit, layout.by_seed))
     units = s / (s - 1) * of_units / n**2
     if t == 1:
-        return Spread(math.sqrt(units), s - 1)
+        return [Spread(math.sqrt(one), s - 1) for one in units.tolist()]
     seeds = t / (t - 1) * of_seeds / n**2
+    squares = (off**2).sum(axis=1)
     left = squares - of_units / t - of_seeds / s
-    both = s * t / ((s - 1) * (t - 1)) * left / n**2 if left > ROUNDING * squares else 0.0
+    both = np.where(left > ROUNDING * squares, s * t / ((s - 1) * (t - 1)) * left / n**2, 0.0)
+    return [_crossed(*of, s, t) for of in zip(units.tolist(), seeds.tolist(), both.tolist(), strict=True)]
+
+
+def _crossed(units: float, seeds: float, both: float, s: int, t: int) -> Spread:
+    """From the parts of the variance, with S units and T seeds."""
     if not seeds_matter(seeds, both, s, t):
         return Spread(math.sqrt(units), s - 1)
     variance = units + seeds - both
@@ -274,8 +329,8 @@ def auroc(negatives: Sequence[float], positives: Sequence[float], resamples: int
     value = float(won.mean())
     if n < FEWEST:
         return Estimate(value, None, None, n, n, too_few(n))
-    weights = _weights(n, resamples)
-    below, above = _percentiles(((weights @ won) * weights).sum(1) / n**2)
+    weights = weights_of(n, resamples)
+    below, above = percentiles(((weights @ won) * weights).sum(1) / n**2, LEVEL)
     exact = wilson(round(value * n), n)
     return Estimate(value, min(below, exact[0], value), max(above, exact[1], value), n, n)
 
@@ -293,8 +348,8 @@ def auroc_of_groups(negatives: Sequence[float], positives: Sequence[float], resa
     value = float(won.mean())
     if n < FEWEST:
         return Estimate(value, None, None, units, units, too_few(n))
-    drawn = ((_weights(low.size, resamples) @ won) * _other_weights(high.size, resamples)).sum(1) / won.size
-    below, above = _percentiles(drawn)
+    drawn = ((weights_of(low.size, resamples) @ won) * other_weights(high.size, resamples)).sum(1) / won.size
+    below, above = percentiles(drawn, LEVEL)
     exact = newcombe(value, low.size, high.size)
     return Estimate(value, min(below, exact[0], value), max(above, exact[1], value), units, units)
 
@@ -343,18 +398,31 @@ def _score_interval(share: float, n: float, z: float) -> tuple[float, float]:
 
 def paired_difference(a: Sampled, b: Sampled) -> Difference:
     """The mean of a - b over samples that both have (same unit, seed and sample), with the interval of such a mean."""
-    one, other = matched(tally(a), tally(b))
-    layout, n, units = one.layout, len(one), len(one.layout.units)
+    return paired_differences([(tally(a), tally(b))])[0]
+
+
+def paired_differences(pairs: Sequence[tuple[Tally, Tally]]) -> list[Difference]:
+    """As :func:`paired_difference`, of many; those of one layout are computed together."""
+    both = [matched(a, b) for a, b in pairs]
+    return by_layout([one.layout for one, _ in both], lambda layout, at: _differences(layout, [both[i] for i in at]))
+
+
+def _differences(layout: Layout, pairs: Sequence[tuple[Tally, Tally]]) -> Iterator[Difference]:
+    import numpy as np
+
+    n, units = len(layout.keys), len(layout.units)
     if not n:
-        return Difference(None, None, None, 0, 0, reason="no sample in common")
-    sums = [x - y for x, y in zip(one.sums, other.sums, strict=True)]
-    value = math.fsum(sums) / n
+        yield from (Difference(None, None, None, 0, 0, reason="no sample in common") for _ in pairs)
+        return
+    a, b = (np.array([pair[side].sums for pair in pairs]) for side in (0, 1))
+    values = [math.fsum(of) / n for of in (a - b).tolist()]
     if units < FEWEST:
-        return Difference(value, None, None, n, units, reason=too_few(units))
-    found = spread(layout, sums, value, max(map(abs, (*one.sums, *other.sums))))
-    half = t_point(found.freedom) * found.error
-    return Difference(value, value - half, value + half, n, units, p_value(value, found, units), found.error,
-                      found.freedom)
+        yield from (Difference(value, None, None, n, units, reason=too_few(units)) for value in values)
+        return
+    scales = np.maximum(np.abs(a).max(axis=1), np.abs(b).max(axis=1))
+    for value, found in zip(values, spreads(layout, a - b, values, scales), strict=True):
+        low, high = t_interval(value, found)
+        yield Difference(value, low, high, n, units, p_value(value, found, units), found.error, found.freedom)
 
 
 def p_value(mean: float, found: Spread, units: int) -> float:
@@ -391,106 +459,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted[i] = running
     return adjusted
-
-
-def placings(rows: Mapping[str, Sampled], lower_is_better: bool, resamples: int = RESAMPLES) -> dict[str, Placing]:
-    """The rank of each of ``rows`` when the units and the seeds that all of them have are resampled, together for all.
-    Empty with fewer than 3 common units."""
-    import numpy as np
-
-    tallies = {name: tally(points) for name, points in rows.items()}
-    totals, counts, layout = _common(list(tallies.values()))
-    if layout is None or len(layout.units) < FEWEST:
-        return {}
-    drawn = _drawn(layout, totals, counts, resamples) * (1 if lower_is_better else -1)
-    ranks = _ranks(drawn)
-    best = ranks == 1
-    shares = (best / best.sum(axis=1, keepdims=True)).mean(axis=0)
-    low, high = np.quantile(ranks, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0, method="inverted_cdf")
-    return {name: Placing(float(first), float(mean), int(at), int(to))
-            for name, first, mean, at, to in zip(rows, shares, ranks.mean(axis=0), low, high, strict=True)}
-
-
-def _common(tallies: Sequence[Tally]) -> tuple[NDArray[np.float64], NDArray[np.float64], Layout | None]:
-    """Sums and counts of each tally in the pairs of unit and seed that all have, and a layout of these pairs."""
-    import numpy as np
-
-    tables = [{(of.layout.units[u], of.layout.seeds[s]): (total, count) for (u, s), total, count
-               in zip(of.layout.cells, of.sums, of.layout.counts, strict=True)} for of in tallies]
-    pairs = sorted(set.intersection(*map(set, tables))) if tables else []
-    if not pairs:
-        return np.zeros((0, 0)), np.zeros((0, 0)), None
-    found = np.array([[table[pair] for pair in pairs] for table in tables])
-    return found[..., 0], found[..., 1], layout_of(tuple((unit, seed, "") for unit, seed in pairs))
-
-
-def _drawn(
-    layout: Layout, totals: NDArray[np.float64], counts: NDArray[np.float64], resamples: int,
-) -> NDArray[np.float64]:
-    """Resampled means [resamples, rows]. Over units alone they vary too little, by (k - 1) / k, and are widened; with
-    seeds resampled, too, they vary rather too much (Owen 2007)."""
-    import numpy as np
-
-    k = len(layout.units)
-    weights = _weights(k, resamples)[:, [unit for unit, _ in layout.cells]]
-    if len(layout.seeds) > 1:
-        weights = weights * _other_weights(len(layout.seeds), resamples)[:, [seed for _, seed in layout.cells]]
-    whole, sizes = totals.sum(axis=1) / counts.sum(axis=1), weights @ counts.T
-    means = np.where(sizes > 0, weights @ totals.T / np.where(sizes > 0, sizes, 1.0), whole)
-    widened: NDArray[np.float64] = whole + (means - whole) * (math.sqrt(k / (k - 1)) if len(layout.seeds) == 1 else 1.0)
-    return widened
-
-
-def _ranks(scores: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Ranks [draws, rows] from 1, lower scores first; equal ones share the lower rank."""
-    import numpy as np
-
-    order = np.argsort(scores, axis=1, kind="stable")
-    ordered = np.take_along_axis(scores, order, axis=1)
-    new = np.ones(scores.shape, bool)
-    new[:, 1:] = np.diff(ordered, axis=1) > ROUNDING
-    places = np.maximum.accumulate(np.where(new, np.arange(1, scores.shape[1] + 1), 1), axis=1)
-    ranks = np.empty_like(places)
-    np.put_along_axis(ranks, order, places, axis=1)
-    return ranks
-
-
-@cache
-def _weights(units: int, resamples: int) -> NDArray[np.float64]:
-    """How often each unit was drawn: [resamples, units]."""
-    import numpy as np
-
-    drawn = _generator("units", units, resamples).multinomial(units, np.full(units, 1 / units), size=resamples)
-    return _shared(drawn)
-
-
-@cache
-def _other_weights(units: int, resamples: int) -> NDArray[np.float64]:
-    """As ``_weights``, drawn independently of them."""
-    import numpy as np
-
-    drawn = _generator("other units", units, resamples).multinomial(units, np.full(units, 1 / units), size=resamples)
-    return _shared(drawn)
-
-
-def _shared(draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Draws that many computations use, so that none may change them."""
-    import numpy as np
-
-    made = draws.astype(np.float64)
-    made.flags.writeable = False
-    return made
-
-
-def _percentiles(drawn: NDArray[np.float64]) -> tuple[float, float]:
-    import numpy as np
-
-    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
-
-
-def _generator(*names: str | int) -> np.random.Generator:
-    import numpy as np
-
-    content = hashlib.sha256("/".join(map(str, names)).encode()).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(content[:16], "big")))

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations
 
 from bench.results import CellRecord, ModelRecord
-from bench.stats import Difference, Tally, holm, paired_difference
+from bench.stats import Difference, Tally, holm, paired_differences
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Switch:
 
 def find_switches(lines: Sequence[Variant], alpha: float) -> tuple[Switch, ...]:
     """All of a board, by label; none for lines without a common sample."""
-    found = [Switch(option, off.label, on.label, paired_difference(on.points, off.points))
-             for off, on in permutations(lines, 2) if (option := switched_on(off.cell, on.cell))]
+    pairs = [(option, off, on) for off, on in permutations(lines, 2) if (option := switched_on(off.cell, on.cell))]
+    found = [Switch(option, off.label, on.label, difference) for (option, off, on), difference in zip(
+        pairs, paired_differences([(on.points, off.points) for _, off, on in pairs]), strict=True)]
     made = sorted((s for s in found if s.difference.value is not None), key=lambda s: (s.off, s.option, s.on))
     return tuple(marked(made, alpha))
 

@@ -13,10 +13,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 from bench.identity import digest_plain
 from bench.results import (
+    CellRecord,
     MeasurementRecord,
     ModelRecord,
     PluginRecord,
@@ -26,7 +28,6 @@ from bench.results import (
 )
 from bench.runs import (
     Run,
-    defense_key,
     does_nothing,
     is_control,
     is_mean,
@@ -36,7 +37,7 @@ from bench.runs import (
     samples_of,
 )
 from bench.samples import Samples, of_rows
-from bench.stats import Difference, Estimate, Tally, matched, mean_interval, paired_difference
+from bench.stats import Difference, Estimate, Tally, matched, mean_interval, mean_intervals, paired_differences
 
 FEWEST = 2
 """Purifiers, or attacked models, from which there is a worst case."""
@@ -119,8 +120,29 @@ class Family:
         for run in self.runs:
             cell = run.result.cell
             if (key := self.axis.key(run)) in self.places and cell.seed in self.seeds:
-                found.setdefault(defense_key(cell), {}).setdefault(cell.seed, {})[key] = run
+                found.setdefault(run.line, {}).setdefault(cell.seed, {})[key] = run
         return found
+
+    @cached_property
+    def hashes(self) -> dict[str, list[tuple[MeasurementRecord, str]]]:
+        """Of the worst case, by measurement, as they become known."""
+        return {}
+
+    def hash_of(self, measured: MeasurementRecord, cell: CellRecord) -> str:
+        """The protocol hash of a worst case, whose cells differ in defense and seed alone."""
+        known = self.hashes.setdefault(measured.name, [])
+        for one, hash in known:
+            if same_measure(one, measured):
+                return hash
+        metric = PluginRecord(kind="metric", name=measured.metric, label=measured.metric, version=measured.version,
+                              parameters=measured.parameters)
+        known.append((measured, protocol_hash(cell, metric, measured.name, measured.protocol)))
+        return known[-1][1]
+
+    @cached_property
+    def worst(self) -> list[Run]:
+        """One run per defense and seed, whose samples are the worst over the places."""
+        return [worst_run(self, under) for seeds in self.by_defense.values() for under in seeds.values()]
 
     @cached_property
     def seeds(self) -> set[int]:
@@ -130,7 +152,7 @@ class Family:
         for run in self.runs:
             cell = run.result.cell
             if run.result.status == "ok":
-                under = ran.setdefault((defense_key(cell), cell.seed), set())
+                under = ran.setdefault((run.line, cell.seed), set())
                 under.add(self.axis.key(run))
                 whole[is_control(cell.defense)] |= {cell.seed} if under >= set(self.places) else set()
         return whole[True] or whole[False] or {run.result.cell.seed for run in self.runs}
@@ -149,7 +171,7 @@ def attackers(runs: Sequence[Run], purified: Sequence[Family]) -> list[Family]:
     if not any(protects_photos(run.result.cell.defense) for run in runs):
         return []
     plain = [run for run in runs if does_nothing(run.result.cell.purifier)]
-    sets = [plain, [run for family in purified for run in worst_runs(family)]]
+    sets = [plain, [run for family in purified for run in family.worst]]
     made = [family for part in sets for family in by_protocol([on_its_model(run) for run in part], ATTACKER)]
     return [family for family in made if len(attacked(family)) >= FEWEST]
 
@@ -227,11 +249,6 @@ def counted(runs: Sequence[Run], name: str, axis: Axis) -> dict[str, str]:
     return {key: axis.label(found[key]) for key in order}
 
 
-def worst_runs(family: Family) -> list[Run]:
-    """One run per defense and seed, whose samples are the worst over the places."""
-    return [worst_run(family, under) for seeds in family.by_defense.values() for under in seeds.values()]
-
-
 def worst_run(family: Family, under: Mapping[str, Run]) -> Run:
     """The worst of one defense and seed; a run without measurements where a place is lacking."""
     first = next(iter(under.values()))
@@ -271,21 +288,19 @@ def worst_measurement(
     measured: MeasurementRecord, sources: Sequence[Run], result: Result, family: Family,
 ) -> tuple[MeasurementRecord, Samples] | None:
     """One measurement, if it has a better direction and comes sample by sample at every place."""
-    found = [run.result.measurement(measured.name) for run in sources]
+    found = [run.found.get(measured.name) for run in sources]
     higher = measured.higher_is_better
     if higher is None or not all(same_measure(measured, m) for m in found):
         return None
     tables = [rows for run in sources if (rows := run.rows.get(measured.name))]
     if len(tables) < len(sources) or not all(
-            m and (m.value is None or is_mean(m, rows)) for m, rows in zip(found, tables, strict=True)):
+            m and (m.value is None or m.name in run.means) for m, run in zip(found, sources, strict=True)):
         return None
     rows = worst_rows(list(family.places.values()), tables, higher)
-    metric = PluginRecord(kind="metric", name=measured.metric, label=measured.metric, version=measured.version,
-                          parameters=measured.parameters)
     update = {
         "value": rows.mean, "low": None, "high": None, "n": len(rows), "clusters": len(set(rows.known_places.clusters)),
         "reason": "" if rows.known else measured.reason or rows.reasons[0],
-        "protocol_hash": protocol_hash(result.cell, metric, measured.name, measured.protocol),
+        "protocol_hash": family.hash_of(measured, result.cell),
     }
     return measured.model_copy(update=update), rows
 
@@ -319,18 +334,17 @@ def worst_of_each(
 def make_matrix(family: Family, unit: str, higher: bool, lines: Mapping[str, tuple[str, Estimate]]) -> Matrix:
     """``lines``: defense -> its label and its worst case, in the order of the board. Those that were at one place only
     are left out: the board of that place has them."""
-    rows, shifts = [], {}
-    for key, (label, worst) in lines.items():
+    points = {key: {place: at_place(family, key, place) for place in family.places} for key in lines}
+    points = {key: of for key, of in points.items() if sum(bool(found.values) for found in of.values()) >= FEWEST}
+    scores = iter(mean_intervals([(found, unit == "share") for of in points.values() for found in of.values()]))
+    rows, shifts = [], dict[str, Difference]()
+    for key, of in points.items():
+        (label, worst), cells = lines[key], tuple(islice(scores, len(of)))
         defense = next(iter(next(iter(family.by_defense[key].values())).values())).result.cell.defense
-        points = {place: at_place(family, key, place) for place in family.places}
-        if sum(bool(found.values) for found in points.values()) < FEWEST:
-            continue
-        cells = tuple(mean_interval(found, share=unit == "share") for found in points.values())
-        whole = worst.value is not None
-        mean = mean_interval(mean_points(list(points.values()))) if whole else worst
+        mean = mean_interval(mean_points(list(of.values()))) if worst.value is not None else worst
         rows.append(MatrixRow(label, is_control(defense), does_nothing(defense), (*cells, mean, worst)))
         if does_nothing(defense):
-            shifts = shifts_of(family, points)
+            shifts = shifts_of(family, of)
     return Matrix(family.name, unit, higher, (*family.places.values(), "mean", "worst"), tuple(rows), shifts,
                   tuple(harms(family.name, shifts, higher)), family.axis.name)
 
@@ -355,8 +369,9 @@ def shifts_of(family: Family, points: Mapping[str, Tally]) -> dict[str, Differen
     plain = next((key for key in family.places if leads[key]), None)
     if plain is None:
         return {}
-    return {label: paired_difference(points[key], points[plain])
-            for key, label in family.places.items() if key != plain}
+    moved = {key: label for key, label in family.places.items() if key != plain}
+    found = paired_differences([(points[key], points[plain]) for key in moved])
+    return dict(zip(moved.values(), found, strict=True))
 
 
 def harms(name: str, shifts: Mapping[str, Difference], higher: bool) -> list[str]:

@@ -184,6 +184,25 @@ def test_costs_knowledge_and_controls_stand_on_the_board(suite: Path) -> None:
     assert sum(row.startswith(' class="control"') for row in board.split("<tbody")) >= 2
 
 
+def test_boards_of_one_attack_are_told_apart(tmp_path: Path) -> None:
+    """By the parts of the protocol in which they differ, and by nothing else."""
+    for told in (True, False):
+        for plugin, mean in ((NONE, 0.6), (SHIELD, 0.4)):
+            where = cell(plugin, id=f"{plugin.name}-{told}", protocol={"told": told, "steps": 20})
+            add(tmp_path / "grid", where, ism(mean, plugin.name))
+    add(tmp_path / "grid", cell(NONE, attack=record("attack", "other"), protocol={"told": True}), ism(0.6, "o"))
+    titles = re.findall(r"<h4><a[^>]*>([^<]*)</a>", page_of(tmp_path / "grid"))
+    assert sorted(titles) == ["other on tiny", "train on tiny, told False", "train on tiny, told True"]
+
+
+def test_headings_that_are_no_plain_words_say_what_they_mean(suite: Path) -> None:
+    text = page_of(suite)
+    said = {name: title for title, name in re.findall(r'class="sort" title="([^"]+)">([^<]+)<', text)}
+    assert {"rank", "ε", "P(best)", "rank 95 %", "Δ none", "Δ noise", "cost", "memory", "worst ↓"} <= set(said)
+    assert "resampled" in said["rank 95 %"]
+    assert said["Δ none"].startswith("paired difference to none")
+
+
 def test_the_same_results_give_the_same_bytes(suite: Path) -> None:
     assert page_of(suite) == page_of(suite)
 

@@ -1,6 +1,7 @@
 """Boards say who is ahead, by how much, how surely, and who is missing and why."""
 
 import csv
+import gc
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from bench.boarddata import json_text
 from bench.boards import Line, Table
 from bench.errors import BenchError
 from bench.leaderboard import print_boards, read_boards, write_boards
@@ -373,6 +375,37 @@ def test_a_corrupt_cell_is_left_out_and_named(suite: Path, damage: Callable[[Pat
     assert folder.name in boards.notes[0]
     assert str(suite) not in (suite / "leaderboard.md").read_text()
     assert boards.counts == {"ok": 5}
+
+
+def test_texts_survive_the_data_files(tmp_path: Path) -> None:
+    """Commas, quotes and line breaks; what a spreadsheet would run is text; numbers keep six digits."""
+    name = 'a,"b"\r\nc \x7f ünï'
+    for defense, mean in ((NONE, 2 / 3), (record("defense", name), 1 / 3), (record("defense", "=cmd()"), 123456.789)):
+        add(tmp_path / "quick", cell(defense, id=str(mean)),
+            mean_of("psnr", [Row("x", str(i), mean) for i in range(4)], True, "dB"))
+    boards = write_boards(tmp_path / "quick")
+    text = (tmp_path / "quick/leaderboard.csv").read_bytes().decode()
+    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    values = {row["defense"]: row["value"] for row in rows}
+    assert values == {"none": "0.666667", name: "0.333333", "'=cmd()": "123457.0"}
+    data = json.loads((tmp_path / "quick/leaderboard.json").read_text())
+    assert {x["label"] for x in data["tables"][0]["lines"]} == {x.label for x in boards.tables[0].lines}
+    assert line(boards.tables[0], name).scores["psnr"].value == pytest.approx(1 / 3, abs=1e-6)
+    assert {x["scores"]["psnr"]["value"] for x in data["tables"][0]["lines"]} == {0.666667, 0.333333, 123457.0}
+    assert data["tables"][0]["switches"] == [] and data["tables"][0]["matrix"] is None
+
+
+def test_a_number_that_is_not_finite_is_refused() -> None:
+    with pytest.raises(ValueError, match="not a finite number"):
+        json_text({"value": float("nan")})
+
+
+def test_garbage_is_collected_again_after_boards(suite: Path) -> None:
+    write_boards(suite)
+    assert gc.isenabled()
+    with pytest.raises(BenchError):
+        read_boards(suite / "nowhere")
+    assert gc.isenabled()
 
 
 def test_without_results_there_is_one_error(tmp_path: Path) -> None:

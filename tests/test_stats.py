@@ -15,8 +15,9 @@ from bench.stats import (
     detectable,
     holm,
     mean_interval,
+    mean_intervals,
     paired_difference,
-    placings,
+    paired_differences,
     tally,
     wilson,
 )
@@ -214,6 +215,21 @@ def test_differences_are_tested_as_pairs() -> None:
     assert found.error == pytest.approx(reference.sem(a - b))
 
 
+def test_many_at_once_are_what_each_is_alone() -> None:
+    """Whatever their layouts: crossed with seeds, of unequal clusters, too few, none, without spread."""
+    draw = np.random.default_rng(12)
+    made = [tally(sampled(draw.normal(i, 1, (6, 2, 3)) + 3 * draw.normal(0, 1, (1, 2, 1)))) for i in range(3)]
+    made += [tally(points({str(i): draw.normal(0, 1, i + 1).tolist() for i in range(5)})) for _ in range(2)]
+    made += [tally(points({"a": [0.5], "b": [0.25]})), tally([]), tally(points({str(i): [0.1, 0.3] for i in range(4)}))]
+    made += [tally(points({str(i): [1.0, float(i > 1)] for i in range(4)})) for _ in range(2)]
+    draw.shuffle(made)
+    asked = [(one, share) for one in made for share in (False, True)]
+    assert mean_intervals(asked) == [mean_interval(one, share) for one, share in asked]
+    pairs = [(one, other) for one in made for other in made]
+    assert paired_differences(pairs) == [paired_difference(one, other) for one, other in pairs]
+    assert mean_intervals([]) == paired_differences([]) == []
+
+
 def test_differences_without_spread_are_no_certainty() -> None:
     for units in (3, 8):
         zeros, ones = ({str(i): [v] * 5 for i in range(units)} for v in (0.1, 1.1))
@@ -258,40 +274,6 @@ def test_holm_against_a_worked_example() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
-
-
-def lines_of(means: dict[str, float], units: int, draw: Draw, sd: float = 0.1) -> dict[str, list[Point]]:
-    base = draw.normal(0, 1, units)
-    return {name: points({str(i): [float(base[i] + draw.normal(mean, sd))] for i in range(units)})
-            for name, mean in means.items()}
-
-
-def test_ranks_over_resamplings() -> None:
-    rows = lines_of({"low": 0.0, "high": 1.0}, 10, np.random.default_rng(4))
-    found = placings(rows, lower_is_better=True)
-    assert {name: (p.first, p.mean, p.low, p.high) for name, p in found.items()} == {
-        "low": (1.0, 1.0, 1, 1), "high": (0.0, 2.0, 2, 2)}
-    assert placings(rows, lower_is_better=False)["high"].first == 1.0
-    twins = placings({"a": rows["low"], "b": rows["low"]}, lower_is_better=True)
-    assert {(p.first, p.low, p.high) for p in twins.values()} == {(0.5, 1, 1)}
-    assert placings({"a": rows["low"][:2], "b": rows["low"]}, lower_is_better=True) == {}
-
-
-def test_rank_intervals_hold_the_true_rank() -> None:
-    draw, means, held = np.random.default_rng(10), {"a": 0.0, "b": 0.05, "c": 0.1, "d": 0.3}, np.zeros(4)
-    for _ in range(150):
-        found = placings(lines_of(means, 10, draw), lower_is_better=True, resamples=1000)
-        held += [found[name].low <= rank <= found[name].high for rank, name in enumerate("abcd", 1)]
-    assert (held / 150 >= 0.93).all()
-
-
-def test_ranks_vary_with_the_seeds_too() -> None:
-    """b beats a with one seed and loses with the other, in all units alike: neither is first for sure."""
-    a = np.random.default_rng(11).normal(0, 1, (8, 1, 1)) + np.zeros((8, 2, 2))
-    b = a + np.array([0.5, -0.6])[None, :, None]
-    found = placings({"a": sampled(a), "b": sampled(b)}, lower_is_better=True)
-    assert (found["a"].low, found["a"].high) == (1, 2)
-    assert 0.2 < found["a"].first < 0.8
 
 
 def test_auroc_is_the_mann_whitney_statistic_and_its_interval_covers() -> None:

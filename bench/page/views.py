@@ -7,12 +7,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from bench import boardtext
-from bench.boards import DEFENSE_STAGES, Boards, Column, Line, Table
-from bench.boardtext import DASH, Sheet, Shown
+from bench import sheets
+from bench.boards import Boards, Line, Table
 from bench.detection import DetectionBoard
+from bench.entries import DEFENSE_STAGES, Column
 from bench.page.plots import Axis, Candidate, Plot, Whisker, make_plot, whiskers
 from bench.results import MEASURE, Result
+from bench.sheets import DASH, Sheet, Shown
 from bench.stats import Difference, Estimate
 from bench.worst_case import ALL_ATTACKS, Matrix
 
@@ -122,6 +123,15 @@ class Track:
     questions: tuple[Question, ...]
 
 
+@dataclass(frozen=True)
+class Known:
+    """What boards look up: ``cells`` by id; how ``visible`` protection is; ``titles`` by the id of a table."""
+
+    cells: Mapping[str, Result]
+    visible: Mapping[tuple[str, ...], Mapping[str, Estimate]]
+    titles: Mapping[str, str]
+
+
 def make_tracks(boards: Boards, cells: Mapping[str, Result]) -> list[Track]:
     """Everything on the page but the cells themselves, which are looked up by id."""
     found: dict[str, dict[str, Question]] = {}
@@ -132,11 +142,11 @@ def make_tracks(boards: Boards, cells: Mapping[str, Result]) -> list[Track]:
 
     for detection in boards.detections:
         put(detection.track, "detection", detection_board(detection))
-    beside = visibility(boards.tables)
-    for lead, others, hidden in boardtext.sections(boards.tables):
+    known = Known(cells, visibility(boards.tables), titles_of(boards.tables))
+    for lead, others, hidden in sheets.sections(boards.tables):
         for table in (lead, *others):
-            left_out = [boardtext.left_out(hidden)] if hidden and table is lead else []
-            for question, board in boards_of(table, cells, beside, left_out):
+            left_out = [sheets.left_out(hidden)] if hidden and table is lead else []
+            for question, board in boards_of(table, known, left_out):
                 put(table.track, question, board)
     names = [*TRACKS, *(track for track in found if track not in TRACKS)]
     return [Track(name, in_order(found[name])) for name in names if name in found]
@@ -146,17 +156,34 @@ def in_order(questions: Mapping[str, Question]) -> tuple[Question, ...]:
     return tuple(questions[name] for name in QUESTIONS if name in questions)
 
 
-def boards_of(
-    table: Table, cells: Mapping[str, Result], beside: Mapping[tuple[str, ...], Mapping[str, Estimate]],
-    notes: Sequence[str],
-) -> Iterator[tuple[str, Board]]:
+def titles_of(tables: Sequence[Table]) -> dict[str, str]:
+    """By id; equal ones are told apart by the data, or the parts of the protocol, in which their boards differ."""
+    alike: dict[tuple[str, bool, str], list[Table]] = {}
+    for table in tables:
+        alike.setdefault((table.track, bool(table.worst_of), plain_title(table)), []).append(table)
+    return {table.id: ", ".join([title, *apart(table, of)]) for (*_, title), of in alike.items() for table in of}
+
+
+def plain_title(table: Table) -> str:
+    title = f"{table.attack} on {table.model}"
+    return title if table.worst_of or table.unpurified else f"{title}, {sheets.short_title(table)}"
+
+
+def apart(table: Table, twins: Sequence[Table]) -> list[str]:
+    said = [f"data {table.data}"] if len({twin.data for twin in twins}) > 1 else []
+    return said + [f"{name} {sheets.brief(value)}" for name, value in table.protocol.items()
+                   if any(twin.protocol.get(name) != value for twin in twins)]
+
+
+def boards_of(table: Table, known: Known, notes: Sequence[str]) -> Iterator[tuple[str, Board]]:
     """The board of a table under the question that it answers, and what it says of further ones."""
-    yield question_of(table, cells), table_board(table, cells, beside, notes)
+    yield question_of(table, known.cells), table_board(table, known, notes)
     if table.matrix and table.matrix.rows:
-        yield "mean", mean_board(table, table.matrix)
+        yield "mean", mean_board(table, table.matrix, known)
     if carried := transfer(table):
         said = "Lines whose photos were protected on another model, beside the same defense on the attacked one."
-        board = table_board(carried, cells, {}, [said, "Ranks are those of the whole board."], kind="transfer")
+        board = table_board(carried, replace(known, visible={}), [said, "Ranks are those of the whole board."],
+                            kind="transfer")
         yield "transfer", replace(board, more=())
 
 
@@ -188,20 +215,14 @@ def transfer(table: Table) -> Table | None:
 # Grids
 
 
-def table_board(
-    table: Table, cells: Mapping[str, Result], beside: Mapping[tuple[str, ...], Mapping[str, Estimate]],
-    notes: Sequence[str], kind: str = "board",
-) -> Board:
+def table_board(table: Table, known: Known, notes: Sequence[str], kind: str = "board") -> Board:
     lines = {line.label: line for line in table.lines}
-    first, *rest = boardtext.sheets(table, WIDE)
-    ranked = bool(table.columns and boardtext.ran(table))
-    grids = [ranking_grid(first, table, cells) if ranked else plain_grid(first, lines)]
-    title = f"{table.attack} on {table.model}"
-    if not table.worst_of and not table.unpurified:
-        title = f"{title}, {boardtext.short_title(table)}"
-    return Board(f"{kind}-{table.id}", title, boardtext.subtitle(table), tuple(grids),
-                 tuple(plain_grid(sheet, lines) for sheet in rest), plot_of(table, beside),
-                 (*boardtext.notes(table), *notes))
+    first, *rest = sheets.sheets(table, WIDE)
+    ranked = bool(table.columns and sheets.ran(table))
+    grids = [ranking_grid(first, table, known.cells) if ranked else plain_grid(first, lines)]
+    return Board(f"{kind}-{table.id}", known.titles[table.id], sheets.subtitle(table), tuple(grids),
+                 tuple(plain_grid(sheet, lines) for sheet in rest), plot_of(table, known.visible),
+                 (*sheets.notes(table), *notes))
 
 
 def ranking_grid(sheet: Sheet, table: Table, cells: Mapping[str, Result]) -> Grid:
@@ -209,7 +230,7 @@ def ranking_grid(sheet: Sheet, table: Table, cells: Mapping[str, Result]) -> Gri
     lines = {line.label: line for line in table.lines}
     grid, column = plain_grid(sheet, lines), table.columns[0]
     shown = [lines[row.items[grid.named].main] for row in grid.rows]
-    drawn = {boardtext.heading(column): whiskers([line.scores[column.name] for line in shown],
+    drawn = {sheets.heading(column): whiskers([line.scores[column.name] for line in shown],
                                                  control_value(table, column))}
     for control in table.controls:
         drawn[f"Δ {control}"] = whiskers([delta_of(line, column, control) for line in shown], 0.0)
@@ -257,7 +278,7 @@ def more_costs(lines: Sequence[Line], cells: Mapping[str, Result]) -> Iterator[t
     spent = [mean_of(attack_seconds(r) for r in of if r.status == "ok") for of in runs]
     if any(spent):
         yield (Head("attack cost", True, "seconds of all other stages but measuring, mean over cells"),
-               [Item(boardtext.seconds(one), order=order_of(one)) for one in spent])
+               [Item(sheets.seconds(one), order=order_of(one)) for one in spent])
 
 
 def order_of(value: float | None) -> float | str:
@@ -279,13 +300,13 @@ def plain_grid(sheet: Sheet, lines: Mapping[str, Row]) -> Grid:
     texts = [[row[i].main for row in sheet.rows] for i in range(len(sheet.head))]
     numeric = [i != named and all(text == DASH or NUMBER.match(text) for text in column)
                for i, column in enumerate(texts)]
-    head = tuple(Head(text, numeric[i], EXPLAINED.get(text, "")) for i, text in enumerate(sheet.head))
+    ranked = sheet.head[0] == "rank"
+    head = tuple(Head(text, numeric[i], explained(text, ranked)) for i, text in enumerate(sheet.head))
     rows = []
     for row in sheet.rows:
         line = lines.get(row[named].main)
         items = tuple(item_of(shown, numeric[i], i == named and line is not None) for i, shown in enumerate(row))
         rows.append(GridRow(items, bool(line and line.control), line.cells if line else ()))
-    ranked = sheet.head[0] == "rank"
     return Grid(sheet.title, head, tuple(rows), named, 0 if ranked else None)
 
 
@@ -298,6 +319,13 @@ EXPLAINED = {
 }
 
 
+def explained(heading: str, ranked: bool) -> str:
+    """``ranked``: whether it stands over a ranking, whose differences are to controls."""
+    if ranked and heading.startswith("Δ "):
+        return f"paired difference to {heading.removeprefix('Δ ')}, on the same units, seeds and samples"
+    return EXPLAINED.get(heading, "")
+
+
 def item_of(shown: Shown, numeric: bool, named: bool) -> Item:
     if numeric:
         found = NUMBER.match(shown.main)
@@ -305,34 +333,42 @@ def item_of(shown: Shown, numeric: bool, named: bool) -> Item:
     return Item(shown.main, "" if named else shown.detail, "" if shown.main == DASH else shown.main.lower())
 
 
-def mean_board(table: Table, matrix: Matrix) -> Board:
+def mean_board(table: Table, matrix: Matrix, known: Known) -> Board:
     """Lines by their mean over purifiers or attackers, beside their worst."""
     lines = {line.label: line for line in table.lines}
-    known = sorted((row for row in matrix.rows if row.cells[-2].value is not None),
+    shown = sorted((row for row in matrix.rows if row.cells[-2].value is not None),
                    key=lambda row: (row.cells[-2].value or 0.0) * (-1 if matrix.higher_is_better else 1))
-    decimals = boardtext.places([row.cells[-2].value for row in known])
-    clean = next((row.cells[-2].value for row in known if row.clean), None)
-    drawn = whiskers([row.cells[-2] for row in known], clean)
+    means = [row.cells[-2] for row in shown]
+    decimals = sheets.places([mean.value for mean in means])
+    drawn = whiskers(means, next((row.cells[-2].value for row in shown if row.clean), None))
     rows = []
-    for row, line in zip(known, drawn, strict=True):
-        mean, worst = (boardtext.shown_score(score, decimals) for score in row.cells[-2:])
+    for row, line in zip(shown, drawn, strict=True):
+        mean, worst = (score_item(score, decimals) for score in row.cells[-2:])
         own = lines.get(row.label)
-        items = (Item(row.label, order=row.label.lower()),
-                 Item(mean.main, mean.detail, order_of(row.cells[-2].value), line),
-                 Item(worst.main, worst.detail, order_of(row.cells[-1].value)))
+        items = (Item(row.label, order=row.label.lower()), replace(mean, whisker=line), worst)
         rows.append(GridRow(items, row.control, own.cells if own else ()))
+    over = f"mean over {len(matrix.columns) - 2} {matrix.over}s: {', '.join(matrix.columns[:-2])}"
+    grid = Grid(f"Ordered by the mean of {matrix.measurement}", mean_head(matrix), tuple(rows), 0, 1,
+                not matrix.higher_is_better)
+    return Board(f"mean-{table.id}", known.titles[table.id], f"data {table.data} · {over}", (grid,))
+
+
+def mean_head(matrix: Matrix) -> tuple[Head, ...]:
     arrow = "↑" if matrix.higher_is_better else "↓"
     unit = f" ({matrix.unit})" if matrix.unit else ""
-    head = (Head("defense", False), Head(f"mean {matrix.measurement} {arrow}{unit}", True),
-            Head(f"worst {arrow}", True))
-    over = f"mean over {len(matrix.columns) - 2} {matrix.over}s: {', '.join(matrix.columns[:-2])}"
-    grid = Grid(f"Ordered by the mean of {matrix.measurement}", head, tuple(rows), 0, 1, not matrix.higher_is_better)
-    return Board(f"mean-{table.id}", f"{table.attack} on {table.model}", f"data {table.data} · {over}", (grid,))
+    return (Head("defense", False),
+            Head(f"mean {matrix.measurement} {arrow}{unit}", True, f"every {matrix.over} counts the same"),
+            Head(f"worst {arrow}", True, f"of every sample under the {matrix.over} that served the attacker best"))
+
+
+def score_item(score: Estimate, decimals: int) -> Item:
+    shown = sheets.shown_score(score, decimals)
+    return Item(shown.main, shown.detail, order_of(score.value))
 
 
 def detection_board(board: DetectionBoard) -> Board:
     detectors = {d.label: d for d in board.detectors}
-    first, *rest = boardtext.detection_sheets(board)
+    first, *rest = sheets.detection_sheets(board)
     grid = plain_grid(first, detectors)
     whole = {"AUROC ↑": [d.auroc for d in board.detectors], "TPR ↑": [d.tpr for d in board.detectors],
              "FPR ↓": [d.fpr for d in board.detectors]}
@@ -345,7 +381,7 @@ def detection_board(board: DetectionBoard) -> Board:
     if any(d.knows for d in board.detectors):
         grid = inserted(grid, 1, Head("knows", False, "what a defense is told besides the model"),
                         [Item(", ".join(d.knows) or DASH, order=", ".join(d.knows)) for d in board.detectors])
-    return Board(f"detection-{board.id}", f"Poisoned models on {board.model}", boardtext.detection_subtitle(board),
+    return Board(f"detection-{board.id}", f"Poisoned models on {board.model}", sheets.detection_subtitle(board),
                  (grid,), tuple(plain_grid(sheet, detectors) for sheet in rest), notes=tuple(board.notes))
 
 
@@ -372,7 +408,7 @@ def plot_of(table: Table, beside: Mapping[tuple[str, ...], Mapping[str, Estimate
         return None
     photos, ranked = table.track in TRACKS[:2], table.columns[0]
     lines = [line for line in table.lines if line.status == "ok" and line.scores[ranked.name].value is not None]
-    up = Axis(boardtext.heading(ranked), "better protected" if photos else "backdoor removed",
+    up = Axis(sheets.heading(ranked), "better protected" if photos else "backdoor removed",
               bool(ranked.higher_is_better))
     for name in VISIBLE if photos else USEFUL:
         column = next((c for c in table.columns if c.name == name), None)
