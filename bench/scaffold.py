@@ -28,13 +28,11 @@ SOURCES = {
 FAST = {"attack_customization": ", options={\"steps\": 2}", "attack_backdoor": ", options={\"steps\": 2, \"batch\": 4}",
         "defense_images": ", apart=True"}
 """What the test hands to the conformance kit. `apart`: each photo is protected by itself."""
-CELLS = {"customization": "experiment=quickstart only.attack=zero_shot only.defense=none,noise",
-         "backdoor": "experiment=quickstart only.attack=baddiffusion_quick only.defense=none"}
-"""The quickstart's cheapest cells of a track."""
-EDITS = {"defense": "model=micro-ip2p attack=instruct_pix2pix_micro defense=none,noise,{name}",
-         "attack": "model=micro-sd-a attack={name} defense=none,noise",
-         "metric": "model=micro-ip2p attack=instruct_pix2pix_micro defense=none,noise metrics=[edit_success,{name}]"}
-"""The quickstart suite has no edits: a grid of its own."""
+CELLS = {"customization": "only.attack=zero_shot only.defense=none,noise",
+         "editing": "only.attack=inpaint_micro only.defense=none,noise",
+         "backdoor": "only.attack=baddiffusion_quick only.defense=none"}
+"""The cheapest cells of a track in the suite."""
+SUITE = "quickstart"
 
 
 @dataclass(frozen=True)
@@ -57,18 +55,12 @@ class Wanted:
     @property
     def grid(self) -> str:
         """The command that puts the plugin on a board, without ``bench -m``."""
-        if self.track == "editing":
-            return f"data=micro_edits {EDITS[self.kind].format(name=self.name)} suite={self.suite}"
-        return f"{CELLS[self.track]} also.{GROUPS.get(self.kind, self.kind)}={self.name}"
-
-    @property
-    def suite(self) -> str:
-        return f"{self.name}_edits" if self.track == "editing" else "quickstart"
+        return f"experiment={SUITE} {CELLS[self.track]} also.{GROUPS.get(self.kind, self.kind)}={self.name}"
 
     def commands(self) -> list[str]:
         """From the package to a board."""
         return [f"pip install -e {self.folder}", f"pytest {self.folder}", f"bench -m {self.grid}",
-                f"bench leaderboard {self.suite}"]
+                f"bench leaderboard {SUITE}"]
 
 
 def new_plugin(words: Sequence[str]) -> Wanted:

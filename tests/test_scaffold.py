@@ -11,13 +11,14 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from bench import discovery
 from bench.cli import run
 from bench.errors import BenchError
-from bench.plugin import REGISTRY
+from bench.plugin import REGISTRY, facts_of
 from bench.results import read_result
 from bench.scaffold import SOURCES, new_plugin, read_words
 from bench.testing.case import Case
@@ -28,27 +29,41 @@ FEW = {"steps": 2, "batch": 4}
 """Options that make a written attack fast on tiny models."""
 
 
+def written(kind: str, track: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
+    """A written plugin's class, known to the bench until the test ends, and its source."""
+    discovery.load()  # before the registry is copied: it loads once per process
+    monkeypatch.setattr(REGISTRY, "facts", dict(REGISTRY.facts))
+    monkeypatch.setattr(REGISTRY, "classes", dict(REGISTRY.classes))
+    wanted = new_plugin([kind, f"written_{kind}_{track}", "--track", track, f"--folder={folder / 'p'}"])
+    source = folder / "p" / "src" / f"{wanted.module}.py"
+    monkeypatch.syspath_prepend(source.parent)
+    importlib.import_module(wanted.module)
+    return REGISTRY.get(kind, wanted.name), source
+
+
 @pytest.mark.parametrize(("kind", "track"), [pair for pair in SOURCES if pair not in
                                              (("defense", "editing"), ("metric", "editing"))])
 def test_every_written_plugin_is_short_and_conforms(
     kind: str, track: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    discovery.load()  # before the registry is copied: it loads once per process
-    monkeypatch.setattr(REGISTRY, "facts", dict(REGISTRY.facts))
-    monkeypatch.setattr(REGISTRY, "classes", dict(REGISTRY.classes))
-    name = f"written_{kind}_{track}"
-    wanted = new_plugin([kind, name, "--track", track, f"--folder={tmp_path / 'p'}"])
-    source = tmp_path / "p" / "src" / f"{wanted.module}.py"
+    cls, source = written(kind, track, tmp_path, monkeypatch)
     assert len([line for line in source.read_text().splitlines() if line.strip()]) <= 30
     assert "{{" not in "".join(path.read_text() for path in (tmp_path / "p").rglob("*.*") if path.is_file())
-    monkeypatch.syspath_prepend(source.parent)
-    importlib.import_module(wanted.module)
-    cls = REGISTRY.get(kind, name)
     options = {key: value for key, value in FEW.items() if hasattr(cls, key)} if kind == "attack" else {}
     case = Case(cls, options, apart=hasattr(cls, "protect"))
     for label, check in checks_of(case).items():
         (tmp_path / label).mkdir()
         check(case, tmp_path / label)
+
+
+@pytest.mark.parametrize("kind", ["defense", "attack", "metric"])
+def test_the_quickstart_has_cells_for_a_plugin_of_the_editing_track(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    name = facts_of(written(kind, "editing", tmp_path, monkeypatch)[0]).name
+    grid = read_words([kind, name, "--track=editing"]).grid
+    assert run(["plan", "-m", *grid.split(), f"results={tmp_path}"]) == 0
+    assert kind == "metric" or name in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("words", "message"), [
