@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
-    Ints = NDArray[np.int64]
+    Places = NDArray[np.intp]
 T = TypeVar("T")
 LEVEL = 0.95
 FEWEST = 3
@@ -78,12 +78,12 @@ class Layout:
         return {key: place for place, key in enumerate(self.keys)}
 
     @cached_property
-    def by_unit(self) -> tuple[Ints, Ints]:
+    def by_unit(self) -> tuple[Places, Places]:
         """An order of the cells in which those of a unit stand together, and where each unit starts in it."""
         return _grouped([unit for unit, _ in self.cells])
 
     @cached_property
-    def by_seed(self) -> tuple[Ints, Ints]:
+    def by_seed(self) -> tuple[Places, Places]:
         """The same by seed."""
         return _grouped([seed for _, seed in self.cells])
 
@@ -198,7 +198,7 @@ def by_layout(layouts: Sequence[Layout], make: Callable[[Layout, list[int]], Ite
     return [made[place] for place in range(len(layouts))]
 
 
-def _grouped(names: Sequence[int]) -> tuple[Ints, Ints]:
+def _grouped(names: Sequence[int]) -> tuple[Places, Places]:
     import numpy as np
 
     order = np.argsort(names, kind="stable")
