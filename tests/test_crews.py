@@ -261,14 +261,60 @@ def test_records_are_those_of_hydras_basic_launcher_and_each_stage_is_built_once
              "tracker.wandb=disabled", "suite=grid", "workers=2")
     assert run((*words, "hydra/launcher=basic", f"results={tmp_path}/a", f"store={tmp_path}/a/.store")) == 0
     assert run((*words, f"launcher={launcher}", f"results={tmp_path}/b", f"store={tmp_path}/b/.store")) == 0
-    basic, other = ({path.parent.name: read_result(path.parent) for path in folder.glob("grid/*/result.json")}
-                    for folder in (tmp_path / "a", tmp_path / "b"))
+    assert len(records(tmp_path / "a" / "grid")) == 4
+    assert_same_and_built_once(records(tmp_path / "a" / "grid"), records(tmp_path / "b" / "grid"))
+
+
+def records(suite: Path) -> dict[str, Result]:
+    return {path.parent.name: read_result(path.parent) for path in suite.glob("*/result.json")}
+
+
+def assert_same_and_built_once(basic: dict[str, Result], other: dict[str, Result]) -> None:
+    """Equal records, cost aside; of the workers that shared a store, one built each stage."""
     unlike = {"cost", "provenance"}
-    assert len(basic) == 4
     assert {name: one.model_dump(exclude=unlike) for name, one in other.items()} == {
         name: one.model_dump(exclude=unlike) for name, one in basic.items()}
     built = Counter(stage.key for one in other.values() for stage in one.cost if not stage.reused)
     assert set(built.values()) == {1} and set(built) == {s.key for one in basic.values() for s in one.cost}
+
+
+QUICKSTART = (
+    ("only.attack=zero_shot", "only.defense=none,noise"),
+    ("only.attack=zero_shot", "only.defense=aspl_quick", "defense.outer_steps=1", "defense.class_images=2"),
+    ("only.attack=inpaint_micro", "only.defense=none,noise"),
+    ("only.attack=badt2i_quick", "only.defense=none,delete_trigger", "attack.steps=2"),
+)
+"""Cells of all tracks. The second line's share a protected set, the last one's an implant, each made in a few steps."""
+
+
+def ran_quickstart(folder: Path, launcher: str) -> dict[str, Result]:
+    """The records of these cells, by ``bench`` itself."""
+    words = ("experiment=quickstart", "tracker.wandb=disabled", f"results={folder}", f"store={folder}/.store",
+             launcher, *(() if launcher.endswith("basic") else ("workers=2",)))
+    for part in QUICKSTART:
+        done = subprocess.run([sys.executable, "-m", "bench", "-m", *words, *part], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return records(folder / "quickstart")
+
+
+@pytest.fixture(scope="module")
+def basic_quickstart(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    """What Hydra's basic launcher makes of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BENCH_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1]))
+        return ran_quickstart(tmp_path_factory.mktemp("basic"), "hydra/launcher=basic")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("launcher", launchers(quick=()))
+def test_cells_of_the_quickstart_are_those_of_hydras_basic_launcher(
+    tmp_path: Path, basic_quickstart: dict[str, Result], launcher: str,
+) -> None:
+    assert Counter(record.cell.track for record in basic_quickstart.values()) == {
+        "customization": 5, "editing": 2, "backdoor": 2}
+    assert_same_and_built_once(basic_quickstart, ran_quickstart(tmp_path, f"launcher={launcher}"))
 
 
 def test_slurm_where_there_is_none_is_one_message() -> None:
