@@ -6,7 +6,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
-from functools import cache
 from json.encoder import encode_basestring
 from typing import Any
 
@@ -183,7 +182,11 @@ PLAIN: dict[type, Callable[[Any], str]] = {
 """How values without parts are written."""
 
 
-@cache
-def _names(kind: type[Any]) -> dict[str, str]:
-    """The fields of a record, as keys of JSON."""
-    return {field.name: f"{encode_basestring(field.name)}:" for field in fields(kind)}
+NAMES: dict[type, dict[str, str]] = {}
+"""The fields of each kind of record, as keys of JSON."""
+
+
+def _names(kind: type) -> dict[str, str]:
+    if kind not in NAMES:
+        NAMES[kind] = {field.name: f"{encode_basestring(field.name)}:" for field in fields(kind)}
+    return NAMES[kind]
