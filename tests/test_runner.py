@@ -218,6 +218,9 @@ def test_a_real_offline_wandb_run_per_cell(tiny_sd: Path, tmp_path: Path, monkey
     assert result.warnings == []
     runs = list((tmp_path / "results/test" / ("c" * 16)).rglob(f"run-{'c' * 16}.wandb"))
     assert len(runs) == 1
+    until = time.monotonic() + 30  # W&B's own process writes the file's end after the run has finished here
+    while runs[0].stat().st_size <= 1000 and time.monotonic() < until:
+        time.sleep(0.1)
     assert runs[0].stat().st_size > 1000
 
 

@@ -29,12 +29,13 @@ FEW = {"steps": 2, "batch": 4}
 """Options that make a written attack fast on tiny models."""
 
 
-def written(kind: str, track: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
-    """A written plugin's class, known to the bench until the test ends, and its source."""
+def written(name: str, kind: str, track: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Path]:
+    """A written plugin's class, known to the bench until the test ends, and its source. Its module stays imported, so
+    no two tests may choose one name."""
     discovery.load()  # before the registry is copied: it loads once per process
     monkeypatch.setattr(REGISTRY, "facts", dict(REGISTRY.facts))
     monkeypatch.setattr(REGISTRY, "classes", dict(REGISTRY.classes))
-    wanted = new_plugin([kind, f"written_{kind}_{track}", "--track", track, f"--folder={folder / 'p'}"])
+    wanted = new_plugin([kind, f"{name}_{kind}_{track}", "--track", track, f"--folder={folder / 'p'}"])
     source = folder / "p" / "src" / f"{wanted.module}.py"
     monkeypatch.syspath_prepend(source.parent)
     importlib.import_module(wanted.module)
@@ -46,7 +47,7 @@ def written(kind: str, track: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_written_plugin_is_short_and_conforms(
     kind: str, track: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cls, source = written(kind, track, tmp_path, monkeypatch)
+    cls, source = written("short", kind, track, tmp_path, monkeypatch)
     assert len([line for line in source.read_text().splitlines() if line.strip()]) <= 30
     assert "{{" not in "".join(path.read_text() for path in (tmp_path / "p").rglob("*.*") if path.is_file())
     options = {key: value for key, value in FEW.items() if hasattr(cls, key)} if kind == "attack" else {}
@@ -60,7 +61,7 @@ def test_every_written_plugin_is_short_and_conforms(
 def test_the_quickstart_has_cells_for_a_plugin_of_the_editing_track(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:
-    name = facts_of(written(kind, "editing", tmp_path, monkeypatch)[0]).name
+    name = facts_of(written("quick", kind, "editing", tmp_path, monkeypatch)[0]).name
     grid = read_words([kind, name, "--track=editing"]).grid
     assert run(["plan", "-m", *grid.split(), f"results={tmp_path}"]) == 0
     assert kind == "metric" or name in capsys.readouterr().out
