@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -42,7 +43,8 @@ Verbs         bench list [kind]           plugins, with what they need and are t
               bench leaderboard <suite>   rank a suite's results
               bench verify <folder>       recompute identities, hashes and values; --reproduce K runs K cells again
               bench send <suite>          send results and board to Weights & Biases, offline or --online
-              bench new-plugin <kind> <name>  write a package with a plugin of your own
+              bench new-plugin <kind> <name>  write a package with a plugin of your own;
+                                          --track customization|editing|backdoor, --folder <where>
               bench doctor                check this installation
 
 Choose with <group>=<name>, set options with <group>.<option>=<value>:
@@ -75,11 +77,16 @@ def run(words: Sequence[str]) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except SystemExit as end:  # of a parser that has printed its help
+        return end.code if isinstance(end.code, int) else 0
 
 
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(help_text(), end="")
+        return 0
+    if words[0] in VERBS and words[0] not in PARSED and {"-h", "--help"} & {*words[1:]}:
+        print(verb_help(words[0]), end="")
         return 0
     if words[0] in VERBS:
         return VERBS[words[0]](words[1:])
@@ -95,6 +102,13 @@ def help_text() -> str:
     suite = (found["experiment"] or ["<suite>"])[0]
     return HELP.format(groups="".join(_group_line(group, names) for group, names in found.items()),
                        options=_options(), defense=defense, attack=attack, suite=suite)
+
+
+def verb_help(verb: str) -> str:
+    """What the help of all says of one verb."""
+    verbs = HELP.partition("\nVerbs")[2].partition("\n\n")[0]
+    told = [said for said in re.split(r"^ +(?=bench )", verbs, flags=re.M) if said.startswith(f"bench {verb} ")]
+    return f"{''.join(told).rstrip()}\n`bench --help` tells of the other verbs and of all options.\n"
 
 
 def _example() -> tuple[str, str]:
@@ -299,6 +313,8 @@ VERBS: dict[str, Callable[[list[str]], int]] = {
     "new-plugin": _new_plugin,
     "verify": _verify, "send": _send,
 }
+PARSED = ("status", "verify", "send")
+"""Verbs that know ``--help`` themselves."""
 
 
 def _hydra(words: list[str], multirun: bool = False) -> int:

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from bench.cli import _arranged, run
+from bench.cli import VERBS, _arranged, run
 from bench.discovery import load
 from bench.plugin import KINDS, REGISTRY
 from bench.results import read_result
@@ -36,6 +36,14 @@ def test_help_names_every_plugin_verb_and_option(capsys: pytest.CaptureFixture[s
     assert not [name for name in names if name not in words]
     assert all(f"bench {verb}" in text for verb in ("list", "show", "plan", "status", "leaderboard", "doctor"))
     assert "time_limit: 0" in text
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_says_what_it_takes(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"bench {verb}" in text
+    assert not [other for other in VERBS if other != verb and f"bench {other}" in text]
 
 
 @pytest.mark.parametrize("words", [["--help"], ["list"]])
