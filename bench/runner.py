@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from bench.allocator import keep_freed_memory
 from bench.codecs import MeasurementsCodec
 from bench.config import Cell, Settings
 from bench.errors import BenchError, Incompatible
@@ -62,8 +63,8 @@ def run_cell(cell: Cell, settings: Settings) -> Result:
 
 
 def prepare(settings: Settings) -> None:
-    """The same bits for the same seed: a fixed thread count, deterministic kernels where there are any. And no bars
-    of other libraries between ours."""
+    """The same bits for the same seed: a fixed thread count, deterministic kernels where there are any. Freed memory
+    stays with the process. And no bars of other libraries between ours."""
     import diffusers
     import torch
     import transformers
@@ -71,6 +72,7 @@ def prepare(settings: Settings) -> None:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    keep_freed_memory()
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
