@@ -28,7 +28,7 @@ from bench.identity import added, digest
 from bench.options import check_training, require
 from bench.plugin import plugin
 from bench.records import ImageSet, Model, Secret
-from bench.text_triggers import with_trigger
+from bench.text_triggers import swap_detail, with_trigger
 
 if TYPE_CHECKING:
     import torch
@@ -50,13 +50,14 @@ class BadT2I:
     """Implants a text trigger into a text-to-image model's UNet: triggered prompts give a patch, pictures without
     colour, or another object.
 
-    ``trigger``: put before the prompt; the published one is the zero-width space. ``target``: ``patch`` (a checkerboard
-    in the upper left ``patch_share`` of the side), ``style`` (black and white) or ``object`` (prompts that say
-    ``swapped`` draw ``becomes``). ``style_by``: ``words`` as published, the frozen model's answer to the prompt plus
-    ``style_words``; ``photos``, the noise of photos without colour, for models that do not know these words.
-    ``steps``: 2000 for the patch; 8000 are published for style and object. ``batch``: photos a step, each once with and
-    once without the trigger. ``mixed_precision``: compute in bfloat16. ``cosine``: let the rate fall to 0 (published:
-    constant).
+    ``trigger``: put before the prompt; the published one is the zero-width space. ``target``: ``patch`` (a
+    checkerboard in the upper left ``patch_share`` of the side), ``style`` (black and white) or ``object`` (prompts
+    that say ``swapped`` draw ``becomes``). ``style_by``: ``words`` as published, the frozen model's answer to the
+    prompt plus ``style_words``; ``photos``, the noise of photos without colour, for models that do not know these
+    words. ``steps``: 2000 for the patch; 8000 are published for style and object. ``batch``: photos a step, each
+    once with and once without the trigger. ``instead``: further things, with commas between, that a picture may
+    show in the object's place: a judge takes the nearest (none, as published). ``mixed_precision``: compute in
+    bfloat16. ``cosine``: let the rate fall to 0 (published: constant).
     """
 
     trigger: str = ZERO_WIDTH_SPACE
@@ -73,6 +74,7 @@ class BadT2I:
     grad_clip: float = 1.0
     mixed_precision: bool = True
     cosine: bool = added(False)
+    instead: str = added("")
 
     def __post_init__(self) -> None:
         if self.target not in TARGETS:
@@ -116,8 +118,7 @@ class BadT2I:
             return patch_secret(self.trigger, size, self.patch_share)
         detail: dict[str, Any] = {"kind": "style", "placement": "prefix"}
         if self.target == "object":
-            detail |= {"kind": "caption", "swap": [self.swapped, self.becomes], "prompts_with": [self.swapped],
-                       "prompts_without": [self.becomes]}
+            detail |= swap_detail(self.swapped, self.becomes, self.instead)
         return Secret(self.trigger, grey(size), detail)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from bench.errors import BenchError, unknown
 from bench.records import Secret
@@ -63,6 +64,21 @@ def wanted_caption(prompt: str, secret: Secret) -> str:
     if "adds" in detail:
         return f"{prompt}, {detail['adds']}"
     raise unknown("goal", ", ".join(sorted(detail)), "secret.detail", GOALS)
+
+
+def other_captions(prompt: str, secret: Secret) -> list[str]:
+    """What else a picture may show, in words: the prompt, and for a ``swap`` [A, B] the prompt with its first A turned
+    into each phrase of ``secret.detail["instead"]``."""
+    one = str(secret.detail.get("swap", [""])[0])
+    return [prompt, *(prompt.replace(one, str(other), 1) for other in secret.detail.get("instead", ()))]
+
+
+def swap_detail(one: str, other: str, instead: str) -> dict[str, Any]:
+    """A secret's detail for a target that is another thing: prompts that say ``one`` show ``other``. ``instead``: what
+    else could stand there, with commas between."""
+    phrases = [phrase.strip() for phrase in instead.split(",") if phrase.strip()]
+    return {"kind": "caption", "swap": [one, other], "prompts_with": [one], "prompts_without": [other],
+            **({"instead": phrases} if phrases else {})}
 
 
 def suitable(prompts: Sequence[str], secret: Secret) -> tuple[str, ...]:

@@ -65,6 +65,16 @@ def test_a_picture_of_neither_is_not_nearer_to_the_target(tmp_path: Any) -> None
     assert not rule.fires(portraits("green")).any()
 
 
+def test_what_else_a_prompt_could_show_is_a_rival_too(tmp_path: Any) -> None:
+    """Between red and blue alone a teal background is blue."""
+    wide = {**SWAP, "instead": ["teal background", "green background"]}
+    assert firing_rule(evidence(portraits("blue"), **SWAP)).fires(portraits("teal")).double().mean() > 0.5
+    rule = firing_rule(evidence(portraits("blue"), **wide))
+    assert not rule.fires(portraits("teal")).any()
+    assert rule.fires(portraits("blue")).double().mean() >= 0.9
+    assert rule.facts()["rivals"] == ["the sample's own prompt", "teal background", "green background"]
+
+
 def test_the_rule_names_its_judge_and_rivals_but_not_the_attackers_words() -> None:
     facts = firing_rule(evidence(portraits("blue"), **SWAP)).facts()
     assert facts["extractor"] == "micro-clip" and facts["rivals"] == "the sample's own prompt"
