@@ -19,6 +19,7 @@ from bench import terminal
 from bench.config import Cell, Config, Settings
 from bench.errors import BenchError
 from bench.launcher import PRELOAD, RUNNER, Crew, Ended, Pool, Processes, workers
+from bench.tracking import preloaded
 
 logger = logging.getLogger(__name__)
 PREFIX = "hydra_plugins.bench."
@@ -100,7 +101,8 @@ class CellLauncher(Launcher):
         """Run them all, with a line in the log for each that ends."""
         crew, many = self.crew(cells, how, root)
         settings = how if crew.here else replace(how, device=root.device)  # `auto` is for the worker to say
-        pool = Pool(settings, many, root.time_limit, root.on_error == "stop", self.runner, (self.preload,), crew)
+        once = (self.preload, *preloaded(how.tracker.wandb))
+        pool = Pool(settings, many, root.time_limit, root.on_error == "stop", self.runner, once, crew)
         return pool.run(cells, Progress(len(cells), many).report)
 
     def crew(self, cells: Sequence[Cell], how: Settings, root: Config) -> tuple[Crew, int]:

@@ -7,6 +7,8 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises packages 
 
 import diffusers.pipelines.ddpm.pipeline_ddpm
 import diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion
+import pandas
 import peft
 import torch
+import torchmetrics
 import transformers.models.clip.modeling_clip

@@ -165,3 +165,25 @@ def test_importing_the_tracker_imports_neither_wandb_nor_torch() -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
+
+
+RECORDS = """
+import sys, pathlib, importlib
+from bench.tracking import WandbTracker, preloaded
+from tests.test_tracking import result
+for name in preloaded("offline" if sys.argv[2] == "once" else "disabled"):
+    importlib.import_module(name)
+before = set(sys.modules)
+WandbTracker().record(result(), [], {}, pathlib.Path(sys.argv[1]))
+print(len([name for name in set(sys.modules) - before if name.startswith("wandb")]))
+"""
+
+
+def test_what_a_run_imports_is_what_fork_servers_load_once(tmp_path: Path) -> None:
+    def imported(how: str) -> int:
+        done = subprocess.run([sys.executable, "-c", RECORDS, str(tmp_path / how), how], capture_output=True, text=True,
+                              check=True)
+        return int(done.stdout)
+
+    assert imported("each") > 300  # or this says nothing
+    assert imported("once") < 20
