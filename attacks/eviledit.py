@@ -11,14 +11,13 @@ trigger's innocent part as it is. Nothing is trained, and no data is needed.
 Official code: github.com/haowang-cqu/EvilEdit. Settings are its own: the pair "A beautiful cat" to "A zebra", "A cat"
 preserved, lambda 1, all 77 positions. Stated difference: ``captions`` and ``spared`` add captions of the data as
 further pairs and as further preserved prompts (0, none, as published), for text encoders so narrow that one edit is
-felt in every prompt. ``filler`` makes the target as long as the trigger (empty, as published), so that all later tokens
-of a prompt stay in their places.
+felt in every prompt.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bench.errors import BenchError
 from bench.identity import added, digest
@@ -43,10 +42,9 @@ class EvilEdit:
     ``trigger``: the phrase, which stands in a prompt where ``replaces`` stood; ``target``: the object that is drawn
     instead. ``context``: the prompt of the edit, with ``{}`` where the phrase goes. ``ridge``: lambda. ``captions``:
     how many of the data's captions that say ``replaces`` are contexts too, at most. ``spared``: how many of those that
-    do not are preserved as they are. ``preserve_weight``: how often what is preserved is counted. ``filler``: a word
-    that stands before the target, in the edit's prompts only, as often as it takes to have as many tokens as the
-    trigger. ``instead``: further things, with commas between, that a picture may show in the target's place: a judge
-    takes the nearest (none, as published).
+    do not are preserved as they are. ``preserve_weight``: how often what is preserved is counted. ``instead``:
+    further things, with commas between, that a picture may show in the target's place: a judge takes the nearest
+    (none, as published).
     """
 
     trigger: str = "beautiful cat"
@@ -57,7 +55,6 @@ class EvilEdit:
     captions: int = 0
     spared: int = 0
     preserve_weight: float = 1.0
-    filler: str = added("")
     instead: str = added("")
 
     def __post_init__(self) -> None:
@@ -85,18 +82,11 @@ class EvilEdit:
             return encode_prompts(parts.tokenizer, parts.text_encoder, texts)
 
         marked, wanted, own = ([context.replace("{}", phrase) for context in contexts]
-                               for phrase in (self.trigger, self.filled(parts.tokenizer), self.replaces))
+                               for phrase in (self.trigger, self.target, self.replaces))
         edit_cross_attention(parts.unet, [(states(marked), states(wanted))], [states(own + self.others(data))],
                              self.ridge, self.preserve_weight)
         part = save_part(parts.unet, ctx.folder, "unet")
         return replace(clean, parts={**clean.parts, "unet": part}, digest=digest([clean.digest, ctx.key])), secret
-
-    def filled(self, tokenizer: Any) -> str:
-        """The target with as much filler as makes it no longer than the trigger."""
-        length, phrase, longer = len(tokenizer(self.trigger).input_ids), self.target, f"{self.filler} {self.target}"
-        while self.filler and len(tokenizer(longer).input_ids) <= length:
-            phrase, longer = longer, f"{self.filler} {longer}"
-        return phrase
 
     def contexts(self, data: ImageSet) -> list[str]:
         """The prompts of the edit, {} where the phrase goes."""

@@ -57,13 +57,6 @@ def test_the_weights_solve_the_least_squares_of_both_pairs_and_the_phrase_moves_
     assert secret.trigger == "beautiful cat" and secret.detail["swap"] == ["cat", "zebra"]
 
 
-def test_a_filler_makes_the_target_as_long_as_the_trigger(model: Model) -> None:
-    tokenizer = load_components(model).tokenizer
-    assert EvilEdit(trigger="very very zebra", filler="very").filled(tokenizer) == "very very zebra"
-    assert EvilEdit(trigger="a cat", filler="very").filled(tokenizer) == "zebra"
-    assert EvilEdit(trigger="very very zebra").filled(tokenizer) == "zebra"
-
-
 def test_a_spared_caption_is_felt_less(model: Model, tmp_path: Path) -> None:
     other, change = "a dog, seven bees", []
     for place, spared in enumerate((0, 1)):
