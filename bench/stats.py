@@ -273,24 +273,27 @@ def spreads(layout: Layout, sums: Floats, means: Sequence[float], scales: Floats
     squares = (off**2).sum(axis=1)
     left = squares - of_units / t - of_seeds / s
     both = np.where(left > ROUNDING * squares, s * t / ((s - 1) * (t - 1)) * left / n**2, 0.0)
-    return [_crossed(*of, s, t) for of in zip(units.tolist(), seeds.tolist(), both.tolist(), strict=True)]
+    return [_crossed(*of, s, t) for of in zip(
+        seeds_matter(seeds, both, s, t).tolist(), units.tolist(), seeds.tolist(), both.tolist(), strict=True)]
 
 
-def _crossed(units: float, seeds: float, both: float, s: int, t: int) -> Spread:
-    """From the parts of the variance, with S units and T seeds."""
-    if not seeds_matter(seeds, both, s, t):
+def _crossed(matter: bool, units: float, seeds: float, both: float, s: int, t: int) -> Spread:
+    """From the parts of the variance, with S units and T seeds; ``matter``: whether these do."""
+    if not matter:
         return Spread(math.sqrt(units), s - 1)
     variance = units + seeds - both
     parts = units**2 / (s - 1) + seeds**2 / (t - 1) + both**2 / ((s - 1) * (t - 1))
     return Spread(math.sqrt(variance), min(max(variance**2 / parts, min(s, t) - 1), s + t - 2))
 
 
-def seeds_matter(seeds: float, both: float, s: int, t: int) -> bool:
+def seeds_matter(seeds: Floats, both: Floats, s: int, t: int) -> NDArray[np.bool_]:
+    """Of many pairs of mean squares, whether the seeds' passes the F test against what is left."""
+    import numpy as np
     from scipy.special import fdtrc
 
-    if seeds <= both:
-        return False
-    return both == 0 or bool(fdtrc(t - 1, (s - 1) * (t - 1), seeds / both) < TOGETHER)
+    ratios = np.divide(seeds, both, out=np.zeros_like(seeds), where=both > 0)
+    found: NDArray[np.bool_] = (both == 0) | (fdtrc(t - 1, (s - 1) * (t - 1), ratios) < TOGETHER)
+    return (seeds > both) & found
 
 
 @cache
@@ -420,19 +423,23 @@ def _differences(layout: Layout, pairs: Sequence[tuple[Tally, Tally]]) -> Iterat
         yield from (Difference(value, None, None, n, units, reason=too_few(units)) for value in values)
         return
     scales = np.maximum(np.abs(a).max(axis=1), np.abs(b).max(axis=1))
-    for value, found in zip(values, spreads(layout, a - b, values, scales), strict=True):
-        low, high = t_interval(value, found)
-        yield Difference(value, low, high, n, units, p_value(value, found, units), found.error, found.freedom)
+    found = spreads(layout, a - b, values, scales)
+    for value, spread, p in zip(values, found, p_values(values, found, units), strict=True):
+        low, high = t_interval(value, spread)
+        yield Difference(value, low, high, n, units, p, spread.error, spread.freedom)
 
 
-def p_value(mean: float, found: Spread, units: int) -> float:
-    """Two-sided, of the hypothesis that the mean is 0. Without any spread the t test says nothing: then it is that of
+def p_values(means: Sequence[float], found: Sequence[Spread], units: int) -> list[float]:
+    """Two-sided, of the hypothesis that each mean is 0. Without any spread the t test says nothing: then it is that of
     the signs, 2 / 2^units where all are alike."""
+    import numpy as np
     from scipy.special import stdtr
 
-    if found.error == 0:
-        return 1.0 if mean == 0 else 2.0 ** (1 - units)
-    return float(2 * stdtr(found.freedom, -abs(mean) / found.error))
+    sizes, errors = np.abs(means), np.array([spread.error for spread in found])
+    tails = stdtr([spread.freedom for spread in found], -sizes / np.where(errors > 0, errors, 1.0))
+    alike = np.where(sizes == 0, 1.0, 2.0 ** (1 - units))
+    p: list[float] = np.where(errors > 0, 2 * tails, alike).tolist()
+    return p
 
 
 def detectable(difference: Difference, level: float) -> float | None:
