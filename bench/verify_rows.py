@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from bench.errors import BenchError
@@ -15,7 +14,6 @@ from bench.results import RESULT, SAMPLES, MeasurementRecord, Result, SampleRow,
 DIGITS = 1e-5
 """Rows keep six digits: what is computed from them agrees with what was computed before to this share of the largest
 of them."""
-FORMER = "of these with an interval that earlier versions computed so (bootstrap percentiles)"
 
 
 def check_rows(report: Report, result: Result, path: Path) -> dict[str, list[SampleRow]]:
@@ -54,18 +52,14 @@ def check_value(
     report.checked["values computed from rows"] += 1
     scale = max((abs(row.value) for row in rows if row.value is not None), default=0.0)
     verdicts = [list(differences(measured, again, scale)) for again in candidates]
-    best = min(verdicts, key=len)
-    if best and not list(differences(measured, as_formerly(candidates[-1], measured), scale)):
-        report.checked[FORMER] += 1
-        return
-    for what, expected, found in best:
+    for what, expected, found in min(verdicts, key=len):
         report.wrong(path / RESULT, result.cell.id, f"{measured.name}: {what} is not what its rows give", expected,
                      found)
 
 
 def aggregates(measured: MeasurementRecord, rows: Sequence[SampleRow]) -> list[Measurement]:
     """What the rows give under the rule that the protocol names, one or several that it may mean; none where it names
-    none that is known. The last is the plain mean, if it is any."""
+    none that is known."""
     from bench.measuring import mean_of, share_of
 
     plain = [Row(row.sample, row.cluster, row.value, row.reason) for row in rows]
@@ -80,15 +74,6 @@ def aggregates(measured: MeasurementRecord, rows: Sequence[SampleRow]) -> list[M
         shares = [share_of(name, plain, better, {})] if set(values) <= {0.0, 1.0} else []
         return [*shares, mean_of(name, plain, unit, better, {}, over_samples=True)]
     return []
-
-
-def as_formerly(mean: Measurement, measured: MeasurementRecord) -> Measurement:
-    """The same with the interval that earlier versions gave it."""
-    from bench.former_stats import percentile_interval
-
-    over_samples = measured.protocol.get("interval") == "over samples"
-    low, high = percentile_interval(mean.rows, over_samples, measured.unit == "share")
-    return replace(mean, low=low, high=high)
 
 
 def differences(
