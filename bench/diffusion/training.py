@@ -80,8 +80,8 @@ def fit(
     """
     network.requires_grad_(True).train()
     weights = list(network.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=plan.lr, weight_decay=plan.decay) if plan.decay else \
-        torch.optim.Adam(weights, lr=plan.lr)
+    optimizer = torch.optim.AdamW(weights, lr=plan.lr, weight_decay=plan.decay, fused=True) if plan.decay else \
+        torch.optim.Adam(weights, lr=plan.lr, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, plan.factor)
     for _ in ctx.track(range(plan.steps), what, plan.steps):
         loss = batch_loss()
