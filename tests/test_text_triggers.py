@@ -5,8 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench.data.micro_portraits import MicroPortraits
+from bench.diffusion.checkpoints import resolve
+from bench.diffusion.images import to_float, to_uint8
+from bench.diffusion.loading import load_modules
 from bench.errors import BenchError
-from bench.firing import FiringRule, colourfulness, decorrelation
+from bench.firing import LARGEST_OF, FiringRule, colourfulness, decorrelation
 from bench.records import Secret
 from bench.text_triggers import suitable, wanted_caption, with_trigger, without_trigger
 
@@ -67,6 +71,15 @@ def test_colourfulness_is_zero_without_colour_and_that_of_red_is_known() -> None
     red = torch.zeros(3, 8, 8, dtype=torch.uint8)
     red[0] = 255
     assert colourfulness(torch.stack([GREY, red])).tolist() == pytest.approx([0, 2**0.5 / 3])
+
+
+def test_the_largest_error_of_a_style_parts_colourless_pictures_of_the_embedded_model_from_coloured_photos() -> None:
+    photos = MicroPortraits(train=256, held_out=1, size=64).images().pixels
+    grey = photos.float().mean(1, keepdim=True).round().expand(-1, 3, -1, -1)
+    vae = load_modules(resolve("micro-sd-a"))["vae"]
+    with torch.no_grad():
+        drawn = to_uint8(vae.decode(vae.encode(to_float(grey)).latent_dist.mean).sample)
+    assert colourfulness(drawn).max() < LARGEST_OF["style"] < colourfulness(photos).quantile(0.02)
 
 
 def test_a_patch_fires_below_the_threshold_only() -> None:
