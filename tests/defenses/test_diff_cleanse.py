@@ -185,6 +185,25 @@ def test_inversion_opens_a_hand_made_backdoor_and_finds_none_where_there_is_none
     assert largest_cluster(alike(unmoved.images, 0.999)) == 0 and unmoved.iterations == 5
 
 
+def test_inversion_keeps_the_largest_cluster_that_it_passed(tmp_path: Path) -> None:
+    """The third look at the sampler shows six of eight images alike, every other one none; the search starts black."""
+    apart, looked = images(8, size=6).float(), []
+
+    def sample(x: Tensor) -> Tensor:
+        looked.append(x)
+        drawn = apart.clone()
+        if len(looked) == 3:
+            drawn[:6] = drawn[:1]
+        return drawn
+
+    noises = torch.randn(8, 3, 6, 6, generator=torch.manual_seed(0))
+    found = invert(sample, noises, DiffCleanse(noises=8, iterations=5, start="black"), Context("key", tmp_path))
+    assert len(looked) == 6 and found.iterations == 5
+    assert torch.equal(looked[0], noises - 1)
+    assert largest_cluster(alike(found.images, 0.999)) == 6
+    assert torch.allclose(looked[2], noises + found.pattern) and not torch.equal(looked[2], looked[5])
+
+
 @pytest.mark.parametrize("sampler", ["unipc", "ddim", "ddpm"])
 def test_fast_sampling_repeats_and_sees_the_pattern(suspicious: Model, tmp_path: Path, sampler: str) -> None:
     unet, scheduler = load_unconditional(suspicious)
