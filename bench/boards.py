@@ -226,8 +226,8 @@ def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
     controls.sort(key=lambda entry: (len(entry.defense.parameters), entry.label))
     lines = rank(make_lines(entries, columns, controls), entries, columns)
     names = tuple(dict.fromkeys(entry.defense.name for entry in controls))
-    variants = [Variant(entry.label, entry.cells[0].result.cell, entry.points[columns[0].name])
-                for entry in entries if columns]
+    variants = [Variant(entry.label, entry.cells[0].result.cell, entry.points[first.name], first.unit == "share")
+                for first in columns[:1] for entry in entries]
     return Table(
         digest([group_key(runs[0].result), protocol]), cell.track, cell.model.name, cell.data.label,
         cell.attack.label, cell.purifier.label if cell.purifier else "none", cell.protocol, tuple(columns), names,
@@ -293,7 +293,7 @@ def make_deltas(
 ) -> dict[str, Deltas]:
     """By line the differences to controls; all of a board at once."""
     pairs = [(entry, control) for entry in entries for control in fair_controls(entry, controls)]
-    found = iter(paired_differences([(one.points[column.name], other.points[column.name])
+    found = iter(paired_differences([(one.points[column.name], other.points[column.name], column.unit == "share")
                                      for column in columns for one, other in pairs]))
     deltas: dict[str, dict[str, tuple[Delta, ...]]] = {
         entry.label: {column.name: () for column in columns} for entry in entries}
@@ -346,19 +346,20 @@ def rank(lines: Sequence[Line], entries: Sequence[Entry], columns: Sequence[Colu
         return sign * (line.scores[name].value or 0.0)
 
     complete = sorted((x for x in lines if x.status == "ok"), key=lambda x: (score(x), x.label))
-    found = places([points[line.label] for line in complete])
+    found = places([points[line.label] for line in complete], columns[0].unit == "share")
     drawn = placings({x.label: points[x.label] for x in complete}, sign > 0) if len(complete) > 1 else {}
     ranked = [replace(x, rank=place, tied=found.count(place) > 1, placing=drawn.get(x.label))
               for x, place in zip(complete, found, strict=True)]
     return ranked + sorted((x for x in lines if x.status != "ok"), key=lambda x: (x.status != "incomplete", x.label))
 
 
-def places(ordered: Sequence[Tally]) -> list[int]:
-    """Ranks of samples that come best first: a group is its leader and all up to the next that differs from it."""
+def places(ordered: Sequence[Tally], share: bool) -> list[int]:
+    """Ranks of samples that come best first, of a ``share`` or not: a group is its leader and all up to the next that
+    differs from it."""
     found: list[int] = []
     while len(found) < len(ordered):
         leader, *rest = ordered[len(found):]
-        differences = paired_differences([(one, leader) for one in rest])
+        differences = paired_differences([(one, leader, share) for one in rest])
         group = next((place for place, d in enumerate(differences, 1) if d.excludes_zero), len(differences) + 1)
         found += [len(found) + 1] * group
     return found

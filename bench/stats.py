@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property, lru_cache
+from operator import gt
 from typing import TYPE_CHECKING, TypeVar
 
 from bench.draws import RESAMPLES, other_weights, percentiles, weights_of
@@ -240,15 +241,14 @@ def _means(layout: Layout, asked: Sequence[tuple[Tally, bool]]) -> Iterator[Esti
         if share and set(of.values) <= {0.0, 1.0}:
             low, high = clustered_wilson(round(sum(of.values)), n, units, found)
         else:
-            low, high = t_interval(value, found, share)
+            low, high = t_interval(value, found, 0.0, 1.0) if share else t_interval(value, found)
         yield Estimate(value, low, high, n, units)
 
 
-def t_interval(value: float, found: Spread, share: bool = False) -> tuple[float, float]:
-    """Of a ``share`` within 0 and 1, unless the value itself is not."""
+def t_interval(value: float, found: Spread, least: float = -math.inf, most: float = math.inf) -> tuple[float, float]:
+    """Within what is possible, ``least`` to ``most``, unless the value itself is not."""
     half = t_point(found.freedom) * found.error
-    low, high = value - half, value + half
-    return (max(low, min(0.0, value)), min(high, max(1.0, value))) if share else (low, high)
+    return max(value - half, min(least, value)), min(value + half, max(most, value))
 
 
 def spreads(layout: Layout, sums: Floats, means: Sequence[float], scales: Floats) -> list[Spread]:
@@ -399,34 +399,56 @@ def _score_interval(share: float, n: float, z: float) -> tuple[float, float]:
 # Comparisons
 
 
-def paired_difference(a: Sampled, b: Sampled) -> Difference:
-    """The mean of a - b over samples that both have (same unit, seed and sample), with the interval of such a mean."""
-    return paired_differences([(tally(a), tally(b))])[0]
+def paired_difference(a: Sampled, b: Sampled, share: bool = False) -> Difference:
+    """The mean of a - b over samples that both have (same unit, seed and sample), with the interval of such a mean.
+
+    ``share``: the values are shares, so the interval stays within -1 and 1; of hits (0 or 1) its standard error is at
+    least what independent samples would have, so that three models that agree in all samples are no certainty.
+    """
+    return paired_differences([(tally(a), tally(b), share)])[0]
 
 
-def paired_differences(pairs: Sequence[tuple[Tally, Tally]]) -> list[Difference]:
+def paired_differences(pairs: Sequence[tuple[Tally, Tally, bool]]) -> list[Difference]:
     """As :func:`paired_difference`, of many; those of one layout are computed together."""
-    both = [matched(a, b) for a, b in pairs]
-    return by_layout([one.layout for one, _ in both], lambda layout, at: _differences(layout, [both[i] for i in at]))
+    both = [(*matched(a, b), share) for a, b, share in pairs]
+    return by_layout([one.layout for one, _, _ in both],
+                     lambda layout, at: _differences(layout, [both[i] for i in at]))
 
 
-def _differences(layout: Layout, pairs: Sequence[tuple[Tally, Tally]]) -> Iterator[Difference]:
+def _differences(layout: Layout, pairs: Sequence[tuple[Tally, Tally, bool]]) -> Iterator[Difference]:
     import numpy as np
 
     n, units = len(layout.keys), len(layout.units)
     if not n:
         yield from (Difference(None, None, None, 0, 0, reason="no sample in common") for _ in pairs)
         return
-    a, b = (np.array([pair[side].sums for pair in pairs]) for side in (0, 1))
+    a, b = (np.array([of.sums for of in side]) for side in ([one for one, _, _ in pairs], [one for _, one, _ in pairs]))
     values = [math.fsum(of) / n for of in (a - b).tolist()]
     if units < FEWEST:
         yield from (Difference(value, None, None, n, units, reason=too_few(units)) for value in values)
         return
     scales = np.maximum(np.abs(a).max(axis=1), np.abs(b).max(axis=1))
-    found = spreads(layout, a - b, values, scales)
-    for value, spread, p in zip(values, found, p_values(values, found, units), strict=True):
-        low, high = t_interval(value, spread)
+    found = [at_least_independent(one, *pair) for one, pair in
+             zip(spreads(layout, a - b, values, scales), pairs, strict=True)]
+    for value, spread, p, (_, _, share) in zip(values, found, p_values(values, found, units), pairs, strict=True):
+        low, high = t_interval(value, spread, -1.0, 1.0) if share else t_interval(value, spread)
         yield Difference(value, low, high, n, units, p, spread.error, spread.freedom)
+
+
+def at_least_independent(found: Spread, a: Tally, b: Tally, share: bool) -> Spread:
+    """Of hits, with no smaller error than :func:`matched_error`."""
+    if not share or not {*a.values, *b.values} <= {0.0, 1.0}:
+        return found
+    more, fewer = (sum(map(gt, *of)) for of in ((a.values, b.values), (b.values, a.values)))
+    return replace(found, error=max(found.error, matched_error(more, fewer, len(a))))
+
+
+def matched_error(more: int, fewer: int, n: int) -> float:
+    """The standard error of a difference of shares over ``n`` matched samples, independent ones, of which ``more`` hit
+    in the first alone and ``fewer`` in the second alone; half a sample is added to each of the four kinds of pairs
+    (Agresti and Min 2005), so it is never 0."""
+    total, both, apart = n + 2, more + fewer + 1, more - fewer
+    return math.sqrt(both - apart**2 / total) / total
 
 
 def p_values(means: Sequence[float], found: Sequence[Spread], units: int) -> list[float]:

@@ -21,6 +21,7 @@ class Variant:
     label: str
     cell: CellRecord
     points: Tally
+    share: bool
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def find_switches(lines: Sequence[Variant], alpha: float) -> tuple[Switch, ...]:
     """All of a board, by label; none for lines without a common sample."""
     pairs = [(option, off, on) for off, on in permutations(lines, 2) if (option := switched_on(off.cell, on.cell))]
     found = [Switch(option, off.label, on.label, difference) for (option, off, on), difference in zip(
-        pairs, paired_differences([(on.points, off.points) for _, off, on in pairs]), strict=True)]
+        pairs, paired_differences([(on.points, off.points, on.share) for _, off, on in pairs]), strict=True)]
     made = sorted((s for s in found if s.difference.value is not None), key=lambda s: (s.off, s.option, s.on))
     return tuple(marked(made, alpha))
 

@@ -344,7 +344,7 @@ def make_matrix(family: Family, unit: str, higher: bool, lines: Mapping[str, tup
         mean = mean_interval(mean_points(list(of.values()))) if worst.value is not None else worst
         rows.append(MatrixRow(label, is_control(defense), does_nothing(defense), (*cells, mean, worst)))
         if does_nothing(defense):
-            shifts = shifts_of(family, of)
+            shifts = shifts_of(family, of, unit == "share")
     return Matrix(family.name, unit, higher, (*family.places.values(), "mean", "worst"), tuple(rows), shifts,
                   tuple(harms(family.name, shifts, higher)), family.axis.name)
 
@@ -363,14 +363,14 @@ def mean_points(tables: Sequence[Tally]) -> Tally:
     return Tally(shared.layout, tuple(math.fsum(of) / len(of) for of in zip(*values, strict=True)))
 
 
-def shifts_of(family: Family, points: Mapping[str, Tally]) -> dict[str, Difference]:
+def shifts_of(family: Family, points: Mapping[str, Tally], share: bool) -> dict[str, Difference]:
     """What each purifier does to clean photos: none where no cell left them as they are."""
     leads = {family.axis.key(run): family.axis.first(run) for run in family.runs}
     plain = next((key for key in family.places if leads[key]), None)
     if plain is None:
         return {}
     moved = {key: label for key, label in family.places.items() if key != plain}
-    found = paired_differences([(points[key], points[plain]) for key in moved])
+    found = paired_differences([(points[key], points[plain], share) for key in moved])
     return dict(zip(moved.values(), found, strict=True))
 
 

@@ -14,6 +14,7 @@ from bench.stats import (
     auroc,
     detectable,
     holm,
+    matched_error,
     mean_interval,
     mean_intervals,
     paired_difference,
@@ -225,8 +226,8 @@ def test_many_at_once_are_what_each_is_alone() -> None:
     draw.shuffle(made)
     asked = [(one, share) for one in made for share in (False, True)]
     assert mean_intervals(asked) == [mean_interval(one, share) for one, share in asked]
-    pairs = [(one, other) for one in made for other in made]
-    assert paired_differences(pairs) == [paired_difference(one, other) for one, other in pairs]
+    pairs = [(one, other, share) for one in made for other in made for share in (False, True)]
+    assert paired_differences(pairs) == [paired_difference(*pair) for pair in pairs]
     assert mean_intervals([]) == paired_differences([]) == []
 
 
@@ -236,6 +237,42 @@ def test_differences_without_spread_are_no_certainty() -> None:
         found = paired_difference(points(ones), points(zeros))
         assert (found.error, found.p) == (0.0, 2.0 / 2**units)
         assert paired_difference(points(ones), points(ones)).p == 1.0
+
+
+def test_differences_of_hits_that_agree_are_no_certainty() -> None:
+    ones, zeros = ([Point(str(i // 16), str(i), value) for i in range(48)] for value in (1.0, 0.0))
+    found = paired_difference(ones, zeros, share=True)
+    assert (found.value, found.high) == (1.0, 1.0)
+    assert found.low == pytest.approx(1 - reference.t.ppf(0.975, 2) * (found.error or 0))
+    assert 0.8 < found.low < 0.9
+    same = paired_difference(ones, ones, share=True)
+    assert same.high == pytest.approx(-same.low)
+    assert 0 < same.high < 0.1
+    assert paired_difference(ones, zeros).low == 1.0, "an SSIM is no share"
+    assert paired_difference([*ones, Point("3", "x", 0.5)], [*zeros, Point("3", "x", 0.5)], share=True).error == (
+        paired_difference([*ones, Point("3", "x", 0.5)], [*zeros, Point("3", "x", 0.5)]).error), "of hits alone"
+
+
+@pytest.mark.parametrize(("more", "fewer", "n"), [(48, 0, 48), (0, 0, 8), (7, 2, 30), (1, 12, 13)])
+def test_the_least_error_of_a_difference_is_that_of_the_table_with_half_a_sample_more_in_each_cell(
+    more: int, fewer: int, n: int,
+) -> None:
+    differences, weights = np.array([1, -1, 0]), np.array([more + 0.5, fewer + 0.5, n - more - fewer + 1])
+    mean = (weights * differences).sum() / weights.sum()
+    variance = (weights * (differences - mean) ** 2).sum() / weights.sum()
+    assert matched_error(more, fewer, n) == pytest.approx(math.sqrt(variance / weights.sum()))
+
+
+@pytest.mark.parametrize(("units", "per", "a", "b"), [(3, 16, 0.98, 0.02), (3, 32, 0.95, 0.9), (8, 2, 0.3, 0.3)])
+def test_intervals_of_differences_of_hits_cover_at_least_95_percent(units: int, per: int, a: float, b: float) -> None:
+    draw, held, bare = np.random.default_rng(9), 0, 0
+    for _ in range(1000):
+        one, other = (sampled(draw.binomial(1, rate, (units, 1, per)).astype(float)) for rate in (a, b))
+        found, plain = paired_difference(one, other, share=True), paired_difference(one, other)
+        held += found.low <= a - b <= found.high
+        bare += plain.low <= a - b <= plain.high
+    assert held >= bare
+    assert held / 1000 >= 0.95
 
 
 def test_differences_pair_seed_by_seed() -> None:
