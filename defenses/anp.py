@@ -54,6 +54,7 @@ class Anp:
     ``budget``: bound of gains and biases. ``steps``: updates of the perturbation, None for ``epochs`` passes.
     ``samples``: for the verdict, from the full chain or ``sampling_steps``. ``prune``: the third step; ``eps``,
     ``alpha``, ``prune_steps``, ``prune_lr``, ``prune_share`` (of the clean images), ``mask_threshold``: its settings.
+    ``mixed_precision``: compute losses in bfloat16; samples are drawn without it.
     """
 
     budget: float = 4.0
@@ -72,6 +73,7 @@ class Anp:
     prune_lr: float = 0.2
     prune_share: float = 0.01
     mask_threshold: float = 0.2
+    mixed_precision: bool = False
 
     def __post_init__(self) -> None:
         check_training(self)
@@ -180,7 +182,7 @@ def perturbation(unet: Any, scheduler: Any, pixels: Tensor, options: Anp, ctx: C
     adam = torch.optim.Adam(weights, lr=options.lr, maximize=True)
     count = count_steps(options.steps, options.epochs, len(pixels), options.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, Plan(count, options.lr).factor)
-    loss_of = clean_loss(unet, scheduler, pixels, options.batch, ctx, "perturbation")
+    loss_of = clean_loss(unet, scheduler, pixels, options, ctx, "perturbation")
     with changed_outputs(unet, affine(found)):
         for _ in ctx.track(range(count), "perturbation", count):
             adam.zero_grad()
@@ -201,18 +203,20 @@ def bounded(tensors: list[Tensor], low: float, high: float) -> None:
 
 
 def clean_loss(
-    unet: Any, scheduler: Any, pixels: Tensor, batch: int, ctx: Context, name: str,
+    unet: Any, scheduler: Any, pixels: Tensor, options: Anp, ctx: Context, name: str,
 ) -> Callable[[], Tensor]:
     """The noise-prediction loss on the next batch of clean images, uint8 [n, 3, h, w]."""
     from bench.diffusion.images import to_float
     from bench.diffusion.losses import noise_prediction_loss
-    from bench.diffusion.training import shuffled_batches
+    from bench.diffusion.training import mixed, shuffled_batches
 
-    rows, noises = shuffled_batches(len(pixels), batch, ctx.generator(name, "batches")), ctx.generator(name, "noise")
+    rows = shuffled_batches(len(pixels), options.batch, ctx.generator(name, "batches"))
+    noises = ctx.generator(name, "noise")
 
     def loss() -> Tensor:
         images = to_float(pixels[next(rows)]).to(ctx.device)
-        return noise_prediction_loss(unet, scheduler, images, None, generator=noises)
+        with mixed(ctx.device, options.mixed_precision):
+            return noise_prediction_loss(unet, scheduler, images, None, generator=noises)
 
     return loss
 
@@ -256,7 +260,7 @@ def trained_masks(unet: Any, scheduler: Any, pixels: Tensor, options: Anp, ctx: 
 
     masks, draws = gates(unet, 1.0, 0.0).gains, ctx.generator("perturbations")
     descent = torch.optim.SGD([m.requires_grad_(True) for m in masks], lr=options.prune_lr, momentum=0.9)
-    loss_of = clean_loss(unet, scheduler, pixels, options.batch, ctx, "pruning")
+    loss_of = clean_loss(unet, scheduler, pixels, options, ctx, "pruning")
     for _ in ctx.track(range(options.prune_steps), "pruning", options.prune_steps):
         worst = ascended(unet, [m.detach() for m in masks], loss_of, options, draws)
         descent.zero_grad()

@@ -83,7 +83,7 @@ def test_perturbation_raises_the_loss_within_its_budget(suspicious: Model, tmp_p
 
     def loss() -> float:
         with torch.no_grad():
-            return float(clean_loss(unet, scheduler, photos().pixels, 12, ctx, "test")())
+            return float(clean_loss(unet, scheduler, photos().pixels, Anp(batch=12), ctx, "test")())
 
     before = loss()
     with changed_outputs(unet, affine(found)):
@@ -91,12 +91,24 @@ def test_perturbation_raises_the_loss_within_its_budget(suspicious: Model, tmp_p
     assert loss() == before
 
 
+def test_mixed_precision_rounds_the_loss_of_gated_networks_and_changes_no_draw(
+    suspicious: Model, tmp_path: Path,
+) -> None:
+    unet, scheduler = load_unconditional(suspicious)
+    ctx, found = Context("key", tmp_path), random_gates(unet, 1)
+    with torch.no_grad(), changed_outputs(unet, affine(found)):
+        exact, rounded = (float(clean_loss(unet, scheduler, photos().pixels, Anp(batch=12, mixed_precision=mixed), ctx,
+                                           "test")()) for mixed in (False, True))
+    assert exact != rounded
+    assert rounded == pytest.approx(exact, rel=0.02)
+
+
 def test_the_inner_step_goes_up_and_stays_within_eps(suspicious: Model, tmp_path: Path) -> None:
     unet, scheduler = load_unconditional(suspicious)
     ctx, masks = Context("key", tmp_path), gates(unet, 1.0, 0.0).gains
 
     def loss() -> Tensor:
-        return clean_loss(unet, scheduler, photos().pixels, 12, ctx, "test")()
+        return clean_loss(unet, scheduler, photos().pixels, Anp(batch=12), ctx, "test")()
 
     found = ascended(unet, masks, loss, Anp(eps=0.05), torch.manual_seed(0))
     assert all(float(gate.abs().max()) <= 0.05 + 1e-6 for gate in found.all())
