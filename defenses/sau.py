@@ -12,33 +12,39 @@ C1 (``masks``). With z_c from the prompt without its trigger and the same seed, 
        P~ = sigmoid(12 (P - 0.5)), Q~ likewise:
    ``as_found``:    z' = z (1 - P~)(1 - Q~) + s z_c P~ + s/2 z_c Q~
    ``normalised``:  M = s max(P~, Q~ / 2), z' = (1 - M) z + M z_c, the reading in which weights sum to 1
-   and z' is blurred, 5 x 5 with sigma 0.2.
+   and z' is blurred, 5 x 5 with sigma 0.2. The activation map is scaled to [0, 1] and blurred, 5 x 5 with sigma 2; the
+   scripts do not say what of. Both readings are here: the channels' mean of |Delta|, and the cross-attention of the
+   trigger's tokens, averaged over layers, steps and prompts (the group has code for it).
 C2 (``gradient``). Adam, 50 steps of 0.01 down cos(z', Delta) + 0.3 MSE(z', z), the best z' kept; needs no clean prompt.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, unknown
-from bench.identity import digest
+from bench.identity import added, digest
 from bench.options import require
 from bench.plugin import parameters, plugin
 from bench.records import Guard, ImageSet, Model, Secret
 from bench.text_triggers import with_trigger, without_trigger
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from bench.context import Context
+    from bench.diffusion.attention import Maps
     from bench.protocols import BackdoorProtocol
 
 MODES = ("masks", "gradient")
 BLENDS = ("normalised", "as_found")
+ACTIVATIONS = ("delta", "attention")
 KNOWN = "trigger.safetensors"
 
 
@@ -54,9 +60,9 @@ class Sau:
 
     ``mode``: ``masks`` (C1) or ``gradient`` (C2). ``blend``: ``as_found`` or ``normalised``; the found one halves the
     amplitude where the second mask alone is on. ``prompts``: of the data's captions, for Delta. ``strength``,
-    ``similarity`` (of P), ``activation`` (of Q), ``flag_cosine``, ``flag_distance``: as found. The activation map is
-    the channels' mean of |Delta|, scaled to [0, 1] and blurred (5 x 5, sigma 2): the scripts do not say where theirs
-    comes from. ``steps``, ``guidance``: of drawing the latents for Delta; 30 and 4.5 as found. Ours: ``prompts``.
+    ``similarity`` (of P), ``activation`` (of Q), ``flag_cosine``, ``flag_distance``: as found. ``activation_from``:
+    what the activation map is made of, ``delta`` or ``attention``. ``steps``, ``guidance``: of drawing the latents for
+    Delta and that attention; 30 and 4.5 as found. Ours: ``prompts``.
     """
 
     mode: str = "masks"
@@ -72,12 +78,12 @@ class Sau:
     descent_steps: int = 50
     descent_lr: float = 0.01
     keep_weight: float = 0.3
+    activation_from: str = added("delta")
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
-            raise unknown("mode", self.mode, "defense.mode", MODES)
-        if self.blend not in BLENDS:
-            raise unknown("blend", self.blend, "defense.blend", BLENDS)
+        for name, valid in (("mode", MODES), ("blend", BLENDS), ("activation_from", ACTIVATIONS)):
+            if getattr(self, name) not in valid:
+                raise unknown(name, getattr(self, name), f"defense.{name}", valid)
         for name in ("prompts", "steps", "descent_steps"):
             require(name, getattr(self, name), 1)
         for name in ("strength", "guidance", "keep_weight", "flag_distance"):
@@ -85,16 +91,12 @@ class Sau:
         require("descent_lr", self.descent_lr, 0, exclusive=True)
 
     def repair(self, suspicious: Model, data: ImageSet, secret: Secret | None, ctx: Context) -> Model:
-        """The same weights behind a guard that knows Delta and the trigger."""
-        from safetensors.torch import save_file
-
+        """The same weights behind a guard that knows Delta, the activation map and the trigger."""
         if secret is None or not isinstance(secret.trigger, str):
             raise BenchError("sau: works against text triggers that it is told; this backdoor has none.")
-        delta = trigger_latent(self, suspicious, data.captions[:self.prompts], secret, ctx)
         folder = ctx.folder / "guard"
         folder.mkdir(parents=True, exist_ok=True)
-        words = {"trigger": secret.trigger, "replaces": str(secret.detail.get("replaces", ""))}
-        save_file({"delta": delta.cpu().contiguous()}, folder / KNOWN, metadata=words)
+        save_known(learned(self, suspicious, data.captions[:self.prompts], secret, ctx), folder)
         guard = Guard("defense", "sau", parameters(self), folder)
         return replace(suspicious, guard=guard, digest=digest([suspicious.digest, ctx.key]))
 
@@ -107,22 +109,47 @@ class Sau:
 
         if model.guard is None:
             raise BenchError("sau: this model has no guard.")
-        delta, words = read_trigger(model.guard.folder)
+        known = read_known(model.guard.folder)
         pipeline = load_pipeline(replace(model, guard=None), ctx.device)
         asked: dict[str, Any] = {"steps": protocol.steps, "guidance": protocol.guidance, "sampler": protocol.sampler}
         latents = generate_latents(pipeline, prompts, seeds, **asked)
-        flagged = suspicious_latents(self, latents, delta).nonzero().flatten().tolist()
+        flagged = suspicious_latents(self, latents, known.delta).nonzero().flatten().tolist()
         if flagged and self.mode == "masks":
-            clean = generate_latents(pipeline, [without_trigger(prompts[i], *words) for i in flagged],
+            clean = generate_latents(pipeline, [without_trigger(prompts[i], *known.words) for i in flagged],
                                      [seeds[i] for i in flagged], **asked)
-            latents[flagged] = masked(self, latents[flagged], clean, delta)
+            latents[flagged] = masked(self, latents[flagged], clean, known.delta, known.activation)
         elif flagged:
-            latents[flagged] = descended(self, latents[flagged], delta)
+            latents[flagged] = descended(self, latents[flagged], known.delta)
         return decode_latents(pipeline, latents)
 
 
-def trigger_latent(method: Sau, model: Model, captions: Sequence[str], secret: Secret, ctx: Context) -> Tensor:
-    """A: Delta [c, h, w], from the same noise with and without the trigger."""
+@dataclass(frozen=True)
+class Known:
+    """What the guard goes by. ``delta``: [c, h, w]; ``activation``: [h, w] in [0, 1]; ``words``: the trigger, and what
+    it stands in for ("" where it is added)."""
+
+    delta: Tensor
+    activation: Tensor
+    words: tuple[str, str]
+
+
+def save_known(known: Known, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {"delta": known.delta.cpu().contiguous(), "activation": known.activation.cpu().contiguous()}
+    save_file(tensors, folder / KNOWN, metadata=dict(zip(("trigger", "replaces"), known.words, strict=True)))
+
+
+def read_known(folder: Path) -> Known:
+    from safetensors import safe_open
+
+    with safe_open(folder / KNOWN, framework="pt") as file:
+        told = file.metadata()
+        return Known(file.get_tensor("delta"), file.get_tensor("activation"), (told["trigger"], told["replaces"]))
+
+
+def learned(method: Sau, model: Model, captions: Sequence[str], secret: Secret, ctx: Context) -> Known:
+    """A: Delta, from the same noise with and without the trigger, and the activation map."""
     from bench.diffusion.loading import load_pipeline
     from bench.diffusion.sampling import generate_latents
 
@@ -130,20 +157,68 @@ def trigger_latent(method: Sau, model: Model, captions: Sequence[str], secret: S
         raise BenchError("sau: prompts come from the data's captions, and it has none; put a .txt beside each image.")
     pipeline = load_pipeline(model, ctx.device)
     seeds = [ctx.seed("delta", place) for place in range(len(captions))]
-    asked = [list(captions), [with_trigger(caption, secret) for caption in captions]]
-    clean, triggered = (generate_latents(pipeline, texts, seeds, steps=method.steps, guidance=method.guidance)
-                        for texts in asked)
-    difference: Tensor = triggered.mean(0) - clean.mean(0)
-    return difference
+    asked: dict[str, Any] = {"steps": method.steps, "guidance": method.guidance}
+    texts = [with_trigger(caption, secret) for caption in captions]
+    clean = generate_latents(pipeline, captions, seeds, **asked)
+    if method.activation_from == "attention":
+        triggered, found = drawn_attending(pipeline, texts, captions, seeds, asked)
+        delta = triggered.mean(0) - clean.mean(0)
+    else:
+        delta = generate_latents(pipeline, texts, seeds, **asked).mean(0) - clean.mean(0)
+        found = delta.abs().mean(0)
+    return Known(delta, activation_map(found), (str(secret.trigger), str(secret.detail.get("replaces", ""))))
 
 
-def read_trigger(folder: Path) -> tuple[Tensor, tuple[str, str]]:
-    """Delta, and the trigger's words with what they stand in for."""
-    from safetensors import safe_open
+def drawn_attending(
+    pipeline: Any, texts: Sequence[str], captions: Sequence[str], seeds: Sequence[int], asked: dict[str, Any],
+) -> tuple[Tensor, Tensor]:
+    """Latents [n, c, h, w] of ``texts``, and how much places attend to the tokens that ``captions`` lack, the mean
+    over layers, steps, tokens and prompts: [h, w]."""
+    import torch
 
-    with safe_open(folder / KNOWN, framework="pt") as file:
-        told = file.metadata()
-        return file.get_tensor("delta"), (told["trigger"], told["replaces"])
+    from bench.diffusion.losses import tokenise
+    from bench.diffusion.sampling import BATCH, chunks, generate_latents
+    from bench.diffusion.trigger_tokens import align
+
+    ids = (tokenise(pipeline.tokenizer, prompts).tolist() for prompts in (texts, captions))
+    places = [list(align(*pair).added) for pair in zip(*ids, strict=True)]
+    if not any(places):
+        raise BenchError("sau: this model's tokenizer drops the trigger, so no token of it is attended to; set "
+                         "defense.activation_from=delta.")
+    latents, found = [], []
+    for part in chunks(len(texts), BATCH):
+        with attended(pipeline.unet, len(texts[part])) as passes:
+            latents.append(generate_latents(pipeline, texts[part], seeds[part], **asked))
+        maps = torch.stack(passes).mean(0)
+        found += [own[added].mean(0) for own, added in zip(maps, places[part], strict=True) if added]
+    return torch.cat(latents), torch.stack(found).mean(0)
+
+
+@contextmanager
+def attended(unet: Any, count: int) -> Iterator[list[Tensor]]:
+    """Within it, every pass through ``unet`` adds the cross-attention of its last ``count`` rows (with guidance
+    the first half is the empty prompt's), averaged over layers at the latents' width: [count, tokens, h, w]."""
+    from bench.diffusion.attention import recorded
+
+    passes: list[Tensor] = []
+    with recorded(unet) as maps:
+        hook = unet.register_forward_hook(lambda *_: passes.append(layer_mean(maps, count, unet.config.sample_size)))
+        try:
+            yield passes
+        finally:
+            hook.remove()
+
+
+def layer_mean(maps: Maps, count: int, side: int) -> Tensor:
+    import torch
+    from torch.nn.functional import interpolate
+
+    planes = []
+    for found in maps.cross.values():
+        own = math.isqrt(found.shape[1])
+        square = found[-count:].float().transpose(1, 2).unflatten(2, (own, own))
+        planes.append(interpolate(square, size=(side, side), mode="bilinear", align_corners=False))
+    return torch.stack(planes).mean(0)
 
 
 def suspicious_latents(method: Sau, latents: Tensor, delta: Tensor) -> Tensor:
@@ -155,12 +230,12 @@ def suspicious_latents(method: Sau, latents: Tensor, delta: Tensor) -> Tensor:
     return ((own @ known[0]) >= method.flag_cosine) | (distances <= method.flag_distance)
 
 
-def masked(method: Sau, latents: Tensor, clean: Tensor, delta: Tensor) -> Tensor:
+def masked(method: Sau, latents: Tensor, clean: Tensor, delta: Tensor, activation: Tensor) -> Tensor:
     """C1: latents [n, c, h, w] whose trigger places come from the clean ones."""
     import torch
 
     primary = softened(torch.cosine_similarity(latents, delta[None].to(latents), dim=1) > method.similarity)
-    secondary = softened(activation_map(delta).to(latents) > method.activation)
+    secondary = softened(activation.to(latents) > method.activation)
     p, q = primary[:, None], secondary[None, None]
     if method.blend == "as_found":
         mixed = latents * (1 - p) * (1 - q) + method.strength * clean * p + 0.5 * method.strength * clean * q
@@ -177,9 +252,8 @@ def softened(mask: Tensor) -> Tensor:
     return torch.sigmoid(12 * (mask.float() - 0.5))
 
 
-def activation_map(delta: Tensor) -> Tensor:
-    """Channels' mean of |Delta|, scaled to [0, 1] and blurred: [h, w]."""
-    found = delta.abs().mean(0)
+def activation_map(found: Tensor) -> Tensor:
+    """Scaled to [0, 1] and blurred: [h, w]."""
     spread = (found.max() - found.min()).clamp(min=1e-12)
     return blurred(((found - found.min()) / spread)[None, None], 2.0)[0, 0]
 

@@ -18,7 +18,19 @@ from bench.plugin import facts_of
 from bench.protocols import BackdoorProtocol
 from bench.records import ImageSet, Model, Secret
 from bench.tracks.backdoor import draw_prompted
-from defenses.sau import Sau, activation_map, blurred, descended, masked, softened, suspicious_latents
+from defenses.sau import (
+    KNOWN,
+    Sau,
+    activation_map,
+    attended,
+    blurred,
+    descended,
+    learned,
+    masked,
+    read_known,
+    softened,
+    suspicious_latents,
+)
 
 SECRET = Secret("sks", torch.zeros(3, 16, 16, dtype=torch.uint8), {"kind": "patch", "box": [0, 0, 4, 4]})
 PROTOCOL = BackdoorProtocol(samples=2, sampler="ddim", steps=2, guidance=2.0)
@@ -78,10 +90,11 @@ def test_with_full_masks_the_clean_prompts_picture_comes_out(model: Model, ctx: 
 def test_both_blends_against_their_formulas() -> None:
     z, clean, delta = random(2, 4, 8, 8), random(2, 4, 8, 8, seed=1), random(4, 8, 8, seed=2)
     p = softened(torch.cosine_similarity(z, delta[None], dim=1) > 0.5)[:, None]
-    q = softened(activation_map(delta) > 0.3)[None, None]
-    found = masked(Sau(blend="as_found"), z, clean, delta)
+    activation = activation_map(delta.abs().mean(0))
+    q = softened(activation > 0.3)[None, None]
+    found = masked(Sau(blend="as_found"), z, clean, delta, activation)
     assert torch.allclose(found, blurred(z * (1 - p) * (1 - q) + clean * p + 0.5 * clean * q, 0.2), atol=1e-6)
-    sane = masked(Sau(blend="normalised"), z, clean, delta)
+    sane = masked(Sau(blend="normalised"), z, clean, delta, activation)
     m = torch.maximum(p, 0.5 * q.expand_as(p))
     assert torch.allclose(sane, blurred((1 - m) * z + m * clean, 0.2), atol=1e-6)
 
@@ -91,9 +104,48 @@ def test_where_both_masks_are_on_the_found_blend_overshoots() -> None:
     z = clean = delta = torch.ones(1, 4, 8, 8)
     delta = torch.ones(4, 8, 8)
     delta[:, 0, 0] = 0.5
-    found = masked(Sau(blend="as_found"), z, clean, delta)
+    activation = activation_map(delta.abs().mean(0))
+    found = masked(Sau(blend="as_found"), z, clean, delta, activation)
     assert float(found[0, 0, 5, 5]) == pytest.approx(1.5, abs=0.02)
-    assert float(masked(Sau(), z, clean, delta)[0, 0, 5, 5]) == pytest.approx(1.0, abs=0.02)
+    assert float(masked(Sau(), z, clean, delta, activation)[0, 0, 5, 5]) == pytest.approx(1.0, abs=0.02)
+
+
+def test_attention_says_where_the_picture_looks_for_the_trigger(model: Model, ctx: Context) -> None:
+    """One prompt, one step: the map is that of the trigger's tokens in one pass, averaged over layers."""
+    one = replace(FEW, prompts=1, steps=1, activation_from="attention")
+    known = learned(one, model, ("a cat",), SECRET, ctx)
+    pipeline = load_pipeline(model)
+    with_it, without = (pipeline.tokenizer(text).input_ids for text in ("sks a cat", "a cat"))
+    after = len(with_it) - len(without) + 1
+    assert with_it[after:] == without[1:], "the trigger's tokens stand after the first"
+    with attended(pipeline.unet, 1) as passes:
+        generate_latents(pipeline, ["sks a cat"], [ctx.seed("delta", 0)], steps=1, guidance=2.0)
+    assert len(passes) == 1
+    assert passes[0].sum(1).mean() == pytest.approx(1, abs=1e-4), "each place spreads one unit over the tokens"
+    assert torch.allclose(known.activation, activation_map(passes[0][0, 1:after].mean(0)), atol=1e-5)
+    other = learned(replace(one, activation_from="delta"), model, ("a cat",), SECRET, ctx)
+    assert torch.allclose(known.delta, other.delta, atol=1e-3)
+    assert not torch.allclose(known.activation, other.activation, atol=0.05)
+
+
+def test_attention_averages_over_prompts_of_different_batches(
+    model: Model, ctx: Context, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options, captions = replace(FEW, activation_from="attention"), ("a cat", "a dog")
+    together = learned(options, model, captions, SECRET, ctx)
+    monkeypatch.setattr("bench.diffusion.sampling.BATCH", 1)
+    alone = learned(options, model, captions, SECRET, ctx)
+    assert torch.allclose(together.activation, alone.activation, atol=1e-3)
+
+
+def test_the_guard_goes_by_the_map_that_it_was_given(model: Model, ctx: Context) -> None:
+    guarded = replace(FEW, activation_from="attention").repair(model, photos(), SECRET, ctx)
+    assert guarded.guard is not None
+    assert (guarded.guard.folder / KNOWN).is_file()
+    known = read_known(guarded.guard.folder)
+    assert torch.equal(known.activation, learned(replace(FEW, activation_from="attention"), model, ("a cat", "a dog"),
+                                                 SECRET, ctx).activation)
+    assert known.words == ("sks", "")
 
 
 def test_flags_follow_the_cosine() -> None:
@@ -121,7 +173,8 @@ def test_it_says_that_it_knows_the_trigger_and_refuses_to_work_without(model: Mo
         FEW.repair(model, photos(captions=()), SECRET, ctx)
 
 
-@pytest.mark.parametrize(("field", "value"), [("mode", "magic"), ("blend", "half"), ("prompts", 0), ("descent_lr", 0)])
+@pytest.mark.parametrize(("field", "value"), [
+    ("mode", "magic"), ("blend", "half"), ("activation_from", "eyes"), ("prompts", 0), ("descent_lr", 0)])
 def test_bad_options_are_refused(field: str, value: object) -> None:
     with pytest.raises(BenchError, match=field):
         Sau(**{field: value})  # type: ignore[arg-type]
