@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 
 from bench.diffusion import checkpoints, pruning
@@ -27,6 +28,10 @@ diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 ADAPTED = ("unet", "text_encoder")
 """Components that an adapter changes in place, so that a pipeline with one needs copies of its own."""
+
+SMALL = 32
+"""Side of the latents up to which attention is trained as plain matrix products on a CPU: torch's fused attention there
+takes a third of a bfloat16 update for its backward pass alone; the maps that it saves are small."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ def load_components(model: Model, device: str = "cpu") -> Components:
     """Fresh, frozen copies of what text-to-image methods train, the shared autoencoder, and the training schedule."""
     modules = load_modules(model, device)
     unet, text_encoder = (copy.deepcopy(modules[name]) for name in ADAPTED)
+    if device == "cpu" and unet.config.sample_size <= SMALL:
+        unet.set_attn_processor(AttnProcessor())
     return Components(modules["tokenizer"], text_encoder, modules["vae"], unet, load_schedule(model))
 
 
