@@ -64,7 +64,8 @@ def run_cell(cell: Cell, settings: Settings) -> Result:
 
 def prepare(settings: Settings) -> None:
     """The same bits for the same seed: a fixed thread count, deterministic kernels where there are any. Freed memory
-    stays with the process. And no bars of other libraries between ours."""
+    stays with the process, and fresh memory is not filled, which torch does beside those kernels. And no bars of other
+    libraries between ours."""
     import diffusers
     import torch
     import transformers
@@ -75,6 +76,7 @@ def prepare(settings: Settings) -> None:
     keep_freed_memory()
     torch.set_num_threads(settings.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
 
 
