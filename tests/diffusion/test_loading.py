@@ -34,6 +34,21 @@ def test_training_a_copy_leaves_the_base_alone(tiny_sd: Path) -> None:
     assert saved.abs().max() < 1
 
 
+def test_copies_for_training_attend_as_the_pipeline_does_and_are_plain_where_they_are_small(
+    tiny_sd: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = resolve(str(tiny_sd))
+    small, drawing = load_components(model).unet, load_pipeline(model).unet
+    latents, states = (torch.randn(shape, generator=torch.manual_seed(0)) for shape in (
+        (2, small.config.in_channels, 8, 8), (2, 5, small.config.cross_attention_dim)))
+    one, other = (unet(latents, 7, states).sample for unet in (small, drawing))
+    assert torch.allclose(one, other, atol=1e-5)
+    kinds = [{type(processor) for processor in unet.attn_processors.values()} for unet in (small, drawing)]
+    assert kinds[0].isdisjoint(kinds[1])
+    monkeypatch.setattr("bench.diffusion.loading.SMALL", small.config.sample_size - 1)
+    assert {type(processor) for processor in load_components(model).unet.attn_processors.values()} == kinds[1]
+
+
 def test_a_part_replaces_the_base(tiny_sd: Path, tmp_path: Path) -> None:
     model = resolve(str(tiny_sd))
     unet = load_components(model).unet
