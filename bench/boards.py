@@ -366,7 +366,8 @@ def places(ordered: Sequence[Tally], share: bool) -> list[int]:
 
 
 def missing(lines: Sequence[Line], columns: Sequence[Column]) -> list[str]:
-    """Why numbers are missing on lines that have others."""
+    """Why numbers are missing on lines that have others, once for all that are missing on the same lines for one
+    reason."""
     ran = [line for line in lines if any(score.value is not None for score in line.scores.values())]
     why: dict[tuple[str, str], list[str]] = {}
     for line in ran:
@@ -374,5 +375,7 @@ def missing(lines: Sequence[Line], columns: Sequence[Column]) -> list[str]:
             score = line.scores[column.name]
             if score.value is None:
                 why.setdefault((column.name, score.reason), []).append(line.label)
-    return [f"{name} of {', '.join(labels) if len(labels) < len(ran) else 'any line'}: {reason}"
-            for (name, reason), labels in why.items()]
+    alike: dict[tuple[str, str], list[str]] = {}
+    for (name, reason), labels in why.items():
+        alike.setdefault((", ".join(labels) if len(labels) < len(ran) else "any line", reason), []).append(name)
+    return [f"{', '.join(names)} of {of}: {reason}" for (of, reason), names in alike.items()]

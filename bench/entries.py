@@ -62,12 +62,14 @@ class Entry:
 
 
 def find_columns(runs: Sequence[Run], name: str) -> list[Column]:
-    """The ranking measurement first, then the others in the order of the results; one that occurs under several
+    """The ranking measurement first, then the others in the order of the results; one that has values under several
     protocols gets a column for each, told apart by the start of its hash."""
     found: dict[tuple[str, str], MeasurementRecord] = {}
+    valued = {one.name for run in runs for one in run.result.measurements if one.value is not None}
     for run in runs:
         for one in run.result.measurements:
-            found.setdefault((one.name, one.protocol_hash), one)
+            if one.value is not None or one.name not in valued:
+                found.setdefault((one.name, one.protocol_hash), one)
     times = Counter(measurement for measurement, _ in found)
     columns = [Column(m.name if times[m.name] == 1 else f"{m.name}~{h[:4]}", m.unit, m.higher_is_better, h)
                for (_, h), m in found.items()]
@@ -122,8 +124,9 @@ def find_points(runs: Sequence[Run], column: Column) -> Tally:
 
 
 def measured(run: Run, column: Column) -> MeasurementRecord | None:
+    """What a cell says of a column. What has no value was measured under no protocol: its reason stands in each."""
     found = run.found.get(column.measurement)
-    return found if found and found.protocol_hash == column.protocol_hash else None
+    return found if found and (found.value is None or found.protocol_hash == column.protocol_hash) else None
 
 
 @dataclass(frozen=True)

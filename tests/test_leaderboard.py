@@ -291,6 +291,22 @@ def test_missing_numbers_carry_their_reason(suite: Path) -> None:
     assert "kid of noise, none: not measured" in table.notes
 
 
+def test_what_has_no_value_makes_no_column_and_is_told_once_per_reason(suite: Path) -> None:
+    """Its protocol says little where nothing was measured: here no count of the inputs that another defense scored."""
+    def detection(value: float | None, **protocol: Any) -> list[Measurement]:
+        return [Measurement(name, value, 0 if value is None else 1, "share", True,
+                            reason="it scores no inputs" if value is None else "", protocol=protocol)
+                for name in ("auroc", "tpr")]
+
+    add(suite, cell(SHIELD, 0), ism(0.3, "c0"), *detection(0.9, inputs=128))
+    add(suite, cell(NONE, 2), ism(0.3, "c0"), *detection(None))
+    table = board(suite)
+    assert [column.name for column in table.columns][-2:] == ["auroc", "tpr"]
+    assert line(table, "shield").scores["auroc"].value == 0.9
+    assert sorted(note for note in table.notes if "auroc" in note) == [
+        "auroc, tpr of noise: not measured", "auroc, tpr of none: it scores no inputs"]
+
+
 def test_names_are_text(suite: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name = "<script>alert(1)</script>|x [red]\x1b[2J**b**"
     for seed in (0, 1):
