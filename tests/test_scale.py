@@ -34,6 +34,11 @@ def spent(*words: str) -> float:
     return time.process_time() - began
 
 
+def least(*words: str) -> float:
+    """The less of two tries: whatever else this machine does only ever adds to one."""
+    return min(spent(*words) for _ in range(2))
+
+
 def finish_all(folder: Path) -> None:
     """A result for every planned cell, from the plan's own words."""
     from hydra import compose, initialize_config_dir
@@ -58,11 +63,11 @@ def seeds(folder: Path) -> str:
 
 @pytest.mark.parametrize("cells", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_cells_plan_fast_and_are_found_done_fast(tmp_path: Path, cells: int) -> None:
-    any_grid = 0.0 if cells == 1000 else spent("plan", *GRID, "seed=0")  # what Hydra takes however few cells there are
+    any_grid = 0.0 if cells == 1000 else least("plan", *GRID, "seed=0")  # what Hydra takes however few cells there are
     (tmp_path / "seeds.txt").write_text(f"seed={','.join(map(str, range(cells // 4)))}")
     share = cells / 1000
-    assert spent("plan", *GRID, seeds(tmp_path)) - any_grid < PLAN * share
+    assert least("plan", *GRID, seeds(tmp_path)) - any_grid < PLAN * share
     finish_all(tmp_path)
     assert len(list((tmp_path / "grid").glob("*/result.json"))) == cells
-    assert spent(*GRID, seeds(tmp_path)) - any_grid < DONE * share
+    assert least(*GRID, seeds(tmp_path)) - any_grid < DONE * share
     assert not (tmp_path / "ran.txt").exists()
