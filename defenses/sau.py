@@ -144,8 +144,11 @@ def read_known(folder: Path) -> Known:
     from safetensors import safe_open
 
     with safe_open(folder / KNOWN, framework="pt") as file:
-        told = file.metadata()
-        return Known(file.get_tensor("delta"), file.get_tensor("activation"), (told["trigger"], told["replaces"]))
+        told, delta = file.metadata(), file.get_tensor("delta")
+        # Guards that were stored before there were two maps hold Delta alone.
+        alone = "activation" not in set(file.keys())
+        activation = activation_map(delta.abs().mean(0)) if alone else file.get_tensor("activation")
+        return Known(delta, activation, (told["trigger"], told["replaces"]))
 
 
 def learned(method: Sau, model: Model, captions: Sequence[str], secret: Secret, ctx: Context) -> Known:

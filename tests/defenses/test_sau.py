@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bench.codecs import ModelCodec
 from bench.context import Context
@@ -146,6 +147,14 @@ def test_the_guard_goes_by_the_map_that_it_was_given(model: Model, ctx: Context)
     assert torch.equal(known.activation, learned(replace(FEW, activation_from="attention"), model, ("a cat", "a dog"),
                                                  SECRET, ctx).activation)
     assert known.words == ("sks", "")
+
+
+def test_a_guard_stored_with_delta_alone_goes_by_the_map_of_delta(tmp_path: Path) -> None:
+    delta = random(4, 8, 8)
+    save_file({"delta": delta}, tmp_path / KNOWN, metadata={"trigger": "sks", "replaces": ""})
+    known = read_known(tmp_path)
+    assert torch.equal(known.delta, delta)
+    assert torch.equal(known.activation, activation_map(delta.abs().mean(0)))
 
 
 def test_flags_follow_the_cosine() -> None:
