@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -153,7 +154,7 @@ class Pool:
         later: by then it is finished."""
         refused = []
         while waiting and len(self.running) < self.workers and not self._stopped():
-            place = next((at for at, task in enumerate(waiting) if owner_of(lease_path(task)) is None), None)
+            place = self._next(waiting)
             if place is None:
                 break
             task = waiting.pop(place)
@@ -162,6 +163,13 @@ class Pool:
             except BenchError as error:
                 refused.append(Ended(task.cell, "failed", 0.0, str(error)))
         return refused
+
+    def _next(self, waiting: Sequence[Task]) -> int | None:
+        """Where the task stands that starts next: the first that no running cell is kin of, or else the first."""
+        running = [running.task.cell for running in self.running]
+        strangers = (at for at, task in enumerate(waiting) if not any(kin(task.cell, other) for other in running))
+        return next((at for at in chain(strangers, range(len(waiting))) if owner_of(lease_path(waiting[at])) is None),
+                    None)
 
     def _start(self, task: Task) -> None:
         slot = min(set(range(self.workers)) - {running.slot for running in self.running})
@@ -194,6 +202,13 @@ class Pool:
                 return None
             result = recorded(failed(task.cell, "WorkerLost", str(lost)), task.settings)
             return ended_as(result, task.cell, running.seconds())
+
+
+def kin(one: Cell, other: Cell) -> bool:
+    """Whether two cells may need the same implant or the same protected photos: started together, one of them would
+    only wait until the other has built it."""
+    return (one.seed, one.model, one.data) == (other.seed, other.model, other.data) and (
+        one.attack == other.attack or one.defense == other.defense)
 
 
 @dataclass

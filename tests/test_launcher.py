@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench.config import Cell, Settings
-from bench.launcher import Ended, Pool, how, workers
+from bench.launcher import Ended, Pool, Running, Task, how, workers
 from bench.protocols import CustomizationProtocol
 from bench.results import read_result
 from tests import fakes
@@ -69,6 +69,20 @@ def test_each_cell_has_a_process_of_its_own_and_a_log(tmp_path: Path) -> None:
     pids = [line.split()[2] for line in (tmp_path / "ran.txt").read_text().splitlines()]
     assert len(set(pids)) == 2
     assert (tmp_path / "s" / "a" / "log.txt").is_file()
+
+
+def test_cells_that_would_wait_for_one_another_do_not_start_together(tmp_path: Path) -> None:
+    """An implant of seed 0 is being built: what needs it lets what does not need it go first."""
+    builds, needs, waits = (replace(cell(name), defense=fakes.FakeShield(eps=eps))
+                            for name, eps in (("builds", 1.0), ("needs", 2.0), ("waits", 3.0)))
+    elsewhere = replace(needs, id="elsewhere", seed=1)
+    tried = pool(tmp_path)
+    queue = [Task(one, tried.settings) for one in (builds, needs, waits, elsewhere)]
+    assert tried._next(queue) == 0
+    tried.running = [Running(queue.pop(0), None, 0)]
+    assert queue[tried._next(queue)].cell.id == "elsewhere"
+    tried.running.append(Running(queue.pop(), None, 1))
+    assert queue[tried._next(queue)].cell.id == "needs", "where all would wait, the first of them does"
 
 
 @pytest.mark.parametrize(("code", "said"), [
