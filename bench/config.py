@@ -135,6 +135,11 @@ class Cell:
         """Where this cell's result lies."""
         return results / self.suite / self.id
 
+    def first_stage(self) -> tuple[Any, ...]:
+        """What it builds first, and shares: of customization the protected photos, of backdoors the implant."""
+        method = self.attack if self.track == "backdoor" else self.defense
+        return self.track, self.surrogate or self.model, repr(self.data), repr(method), self.seed
+
     def title(self) -> str:
         """One line for people."""
         parts = [self.shown("defense"), self.shown("purifier"), self.shown("attack"), self.model, f"seed {self.seed}"]

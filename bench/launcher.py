@@ -165,11 +165,10 @@ class Pool:
         return refused
 
     def _next(self, waiting: Sequence[Task]) -> int | None:
-        """Where the task stands that starts next: the first that no running cell is kin of, or else the first."""
-        running = [running.task.cell for running in self.running]
-        strangers = (at for at, task in enumerate(waiting) if not any(kin(task.cell, other) for other in running))
-        return next((at for at in chain(strangers, range(len(waiting))) if owner_of(lease_path(waiting[at])) is None),
-                    None)
+        """The place of the next task: the first that waits for no running cell's first stage, or else the first."""
+        building = {running.task.cell.first_stage() for running in self.running}
+        apart = (at for at, task in enumerate(waiting) if task.cell.first_stage() not in building)
+        return next((at for at in chain(apart, range(len(waiting))) if owner_of(lease_path(waiting[at])) is None), None)
 
     def _start(self, task: Task) -> None:
         slot = min(set(range(self.workers)) - {running.slot for running in self.running})
@@ -202,13 +201,6 @@ class Pool:
                 return None
             result = recorded(failed(task.cell, "WorkerLost", str(lost)), task.settings)
             return ended_as(result, task.cell, running.seconds())
-
-
-def kin(one: Cell, other: Cell) -> bool:
-    """Whether two cells may need the same implant or the same protected photos: started together, one of them would
-    only wait until the other has built it."""
-    return (one.seed, one.model, one.data) == (other.seed, other.model, other.data) and (
-        one.attack == other.attack or one.defense == other.defense)
 
 
 @dataclass

@@ -286,15 +286,9 @@ def in_order(cells: Sequence[Cell]) -> list[Cell]:
     """The same cells, such that neighbours rarely wait for one stage: round-robin over what each builds first."""
     rounds: dict[tuple[Any, ...], list[Cell]] = {}
     for cell in cells:
-        rounds.setdefault(_first_stage(cell), []).append(cell)
+        rounds.setdefault(cell.first_stage(), []).append(cell)
     columns = zip_longest(*rounds.values())
     return [cell for cell in chain.from_iterable(columns) if cell is not None]
-
-
-def _first_stage(cell: Cell) -> tuple[Any, ...]:
-    """Of customization the protected photos, of backdoors the implant."""
-    method = cell.attack if cell.track == "backdoor" else cell.defense
-    return cell.track, cell.surrogate or cell.model, repr(cell.data), repr(method), cell.seed
 
 
 def freeze(planned: Sequence[Planned], results: Path) -> Iterator[Path]:

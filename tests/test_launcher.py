@@ -72,9 +72,9 @@ def test_each_cell_has_a_process_of_its_own_and_a_log(tmp_path: Path) -> None:
 
 
 def test_cells_that_would_wait_for_one_another_do_not_start_together(tmp_path: Path) -> None:
-    """An implant of seed 0 is being built: what needs it lets what does not need it go first."""
-    builds, needs, waits = (replace(cell(name), defense=fakes.FakeShield(eps=eps))
-                            for name, eps in (("builds", 1.0), ("needs", 2.0), ("waits", 3.0)))
+    """The protected photos of seed 0 are being built: what needs them lets what does not need them go first."""
+    builds, needs, waits = (replace(cell(name), attack=fakes.FakeAttack(steps=steps))
+                            for name, steps in (("builds", 1), ("needs", 2), ("waits", 3)))
     elsewhere = replace(needs, id="elsewhere", seed=1)
     tried = pool(tmp_path)
     queue = [Task(one, tried.settings) for one in (builds, needs, waits, elsewhere)]
