@@ -24,8 +24,9 @@ tables were not available. Settings [released code, DDPM on CIFAR10]: B 16, at m
 clip 1.
 [ours]: tau starts uniform in [0, 1], or at 1 (``start=black``); the pattern with the largest cluster counts, not the
 last one; near-black and near-white images (mean below 0.05, above 0.95) join no pair; the first target image takes no
-gradient; 5000 synthetic images (a tenth of CIFAR10) by 50 steps of DDIM; the verdict's rule (in the code: maximum
-clique above half of B for class targets; for pixel targets the code only stops at B).
+gradient; the score ``cosine``, which grades the verdict's rule and leaves it as it is; 5000 synthetic images (a tenth
+of CIFAR10) by 50 steps of DDIM; the verdict's rule (in the code: maximum clique above half of B for class targets;
+for pixel targets the code only stops at B).
 
 Deviations: the released script multiplies the gradient by a dense element-wise Jacobian of the pattern, which is a
 constant sign and left out. Its pruning defaults to the *true* trigger, so published removal numbers may be optimistic:
@@ -42,7 +43,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from bench.errors import BenchError, unknown
-from bench.identity import digest
+from bench.identity import added, digest
 from bench.options import check_repair, require_all
 from bench.plugin import facts_of, plugin
 from bench.records import ImageSet, Model, Report, Secret, Verdict
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 TRIGGERS, IMPORTANCES, SAMPLERS = ("inverted", "known"), ("sum", "diff"), ("unipc", "ddim", "ddpm")
-STARTS = ("uniform", "black")
+STARTS, SCORES = ("uniform", "black"), ("cluster", "cosine")
 ENTROPY_BAND, PATTERN_BAND, MARGIN = (0.8, 6.0), (1.0, 3.0), 0.1
 ENTROPY_WEIGHT, ENTROPY_WEIGHT_ALONE = 10.0, 20.0
 DARK, BRIGHT = 0.05, 0.95
@@ -69,13 +70,15 @@ class DiffCleanse:
     """Inverts a trigger, says whether the model is backdoored, prunes the channels that serve it, and repairs the rest.
 
     ``trigger``: ``inverted``, or ``known`` for the attacker's own (an ablation: the board says that it knows).
-    ``always``: prune and repair a model that was found clean, too. ``noises``: B. ``start``: of
-    tau, uniform in [0, 1] or black, 1 everywhere. ``sampler``: unipc, ddim or ddpm, in
-    ``sampling_steps`` steps. ``similarity``: cosine above which samples are alike. ``pattern_entropy``: weight of a
-    hinge that keeps the pattern's entropy in [1, 3]. ``cluster_share``: the verdict's threshold. ``importance``: sum
-    (released) or diff. ``ratio``: share of channels to remove; ``respect_groupnorm``: rounded down to whole norm
-    groups, as released, which spares most convolutions. ``from_step``: gradients are taken from this share of the chain
-    on.
+    ``always``: prune and repair a model that was found clean, too. ``noises``: B. ``start``: of tau, uniform in [0,
+    1] or black, 1 everywhere. ``sampler``: unipc, ddim or ddpm, in ``sampling_steps`` steps. ``similarity``: cosine
+    above which samples are alike. ``pattern_entropy``: weight of a hinge that keeps the pattern's entropy in [1, 3].
+    ``cluster_share``: the verdict's threshold. ``score``: what the verdict is said to rest on: ``cluster``, the
+    largest one's share of the noises, or ``cosine``, the highest that more than ``cluster_share`` of the samples had
+    to each other, which is above ``similarity`` when and only when the model is flagged, and tells models below it
+    apart. ``importance``: sum (released) or diff. ``ratio``: share of channels to remove; ``respect_groupnorm``:
+    rounded down to whole norm groups, as released, which spares most convolutions. ``from_step``: gradients are taken
+    from this share of the chain on.
     Repair as in `bench.diffusion.distilling`: ``repair_data`` synthetic or real.
     """
 
@@ -109,10 +112,11 @@ class DiffCleanse:
     ema: float = 0.999
     grad_clip: float = 1.0
     mixed_precision: bool = False
+    score: str = added("cluster")
 
     def __post_init__(self) -> None:
         for name, valid in (("trigger", TRIGGERS), ("importance", IMPORTANCES), ("sampler", SAMPLERS),
-                            ("start", STARTS)):
+                            ("start", STARTS), ("score", SCORES)):
             if getattr(self, name) not in valid:
                 raise unknown(name, getattr(self, name), f"defense.{name}", valid)
         require_all(self, above={"inversion_lr": 0, "gradient_scale": 0, "similarity": 0, "cluster_share": 0},
@@ -158,9 +162,11 @@ class DiffCleanse:
         shape = (self.noises, unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
         noises = normal(shape, ctx.generator("noises"), unet.conv_in.weight)
         found = invert(fast_sampler(unet, scheduler, self, ctx), noises, self, ctx)
-        score = largest_cluster(alike(found.images, self.similarity)) / self.noises
-        verdict = Verdict("diff_cleanse", score, score > self.cluster_share)
-        logger.info("diff_cleanse: largest cluster %.2f after %d iterations", score, found.iterations)
+        share = largest_cluster(alike(found.images, self.similarity)) / self.noises
+        score = share if self.score == "cluster" else found.cosine
+        verdict = Verdict("diff_cleanse", score, share > self.cluster_share)
+        logger.info("diff_cleanse: largest cluster %.2f, cosine %.4f, after %d iterations", share, found.cosine,
+                    found.iterations)
         return verdict, found.pattern, {"iterations": float(found.iterations)}
 
     def cleanse(
@@ -192,12 +198,14 @@ class DiffCleanse:
 @dataclass(frozen=True)
 class Inversion:
     """``pattern``: [3, h, w], added to noise; ``images``: [B, 3, h, w] in [0, 1], what the sampler makes of it;
-    ``iterations``: updates made; ``losses``: L_sim before each of them and at the end."""
+    ``iterations``: updates made; ``losses``: L_sim before each of them and at the end; ``cosine``: the highest that
+    any pattern of the search brought more than half (``cluster_share``) of the images to."""
 
     pattern: Tensor
     images: Tensor
     iterations: int
     losses: tuple[float, ...]
+    cosine: float
 
 
 def fast_sampler(unet: Any, scheduler: Any, options: DiffCleanse, ctx: Context) -> Callable[[Tensor], Tensor]:
@@ -233,7 +241,7 @@ def invert(sample: Callable[[Tensor], Tensor], noises: Tensor, options: DiffClea
 
     tau = first_tau(noises, options, ctx).requires_grad_(True)
     adam = torch.optim.Adam([tau], lr=options.inversion_lr, betas=(0.9, 0.999))
-    history, kept, most = [], noises[:0], 0
+    history, kept, most, cosine = [], noises[:0], 0, 0.0
     best = noises[0]
     for done in ctx.track(range(options.iterations + 1), "inversion", options.iterations + 1):
         pattern = quantised(-tau)
@@ -242,6 +250,7 @@ def invert(sample: Callable[[Tensor], Tensor], noises: Tensor, options: DiffClea
         targets, cluster = target_set(near), largest_cluster(near)
         similarity, others = image_losses(images, targets)
         history.append(float(similarity.detach()))
+        cosine = max(cosine, shared_cosine(images.detach(), options.cluster_share))
         if cluster >= most:
             best, kept, most = pattern.detach(), images.detach(), cluster
         if bool(targets.all()) or history[-1] == 0 or done == options.iterations:
@@ -253,7 +262,7 @@ def invert(sample: Callable[[Tensor], Tensor], noises: Tensor, options: DiffClea
         adam.zero_grad()
         step.backward()  # type: ignore[no-untyped-call]
         adam.step()
-    return Inversion(best, kept, len(history) - 1, tuple(history))
+    return Inversion(best, kept, len(history) - 1, tuple(history), cosine)
 
 
 def first_tau(noises: Tensor, options: DiffCleanse, ctx: Context) -> Tensor:
@@ -315,15 +324,33 @@ def range_loss(images: Tensor) -> Tensor:
 
 # Step 2: verdict
 
-def alike(images: Tensor, similarity: float) -> Tensor:
-    """Which pairs of images [B, 3, h, w] in [0, 1] are the same picture: bool [B, B], symmetric, diagonal false."""
+def cosines(images: Tensor) -> Tensor:
+    """The cosine of every pair of images [B, 3, h, w] in [0, 1], which is not negative: float64 [B, B]; 0 on the
+    diagonal and where an image is near-black or near-white."""
     import torch
 
     flat = torch.nn.functional.normalize(images.flatten(1).double(), dim=1)
     mean = images.flatten(1).mean(1)
     plain = (mean < DARK) | (mean > BRIGHT)
-    near = (flat @ flat.T > similarity) & ~plain[:, None] & ~plain[None, :]
-    return near & ~torch.eye(len(images), dtype=torch.bool, device=images.device)
+    left_out = plain[:, None] | plain[None, :] | torch.eye(len(images), dtype=torch.bool, device=images.device)
+    return (flat @ flat.T).masked_fill(left_out, 0.0)
+
+
+def alike(images: Tensor, similarity: float) -> Tensor:
+    """Which pairs of images [B, 3, h, w] in [0, 1] are the same picture: bool [B, B], symmetric, diagonal false."""
+    return cosines(images) > similarity
+
+
+def shared_cosine(images: Tensor, share: float) -> float:
+    """The highest cosine that more than ``share`` of the images [B, 3, h, w] have to each other; 0 if there is none."""
+    from bisect import bisect_left
+
+    near = cosines(images)
+    values = sorted(set(near[near > 0].tolist()))
+    enough = share * len(images)
+    # The higher the cosine asked for, the smaller the cluster: the values that more than the share reach come first.
+    reached = bisect_left(values, True, key=lambda value: largest_cluster(near >= value) <= enough)
+    return values[reached - 1] if reached else 0.0
 
 
 def target_set(near: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Diff-Cleanse: every loss against numbers worked out here, the cluster rule, and the whole on tiny networks."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -32,6 +33,7 @@ from defenses.diff_cleanse import (
     late_losses,
     quantised,
     range_loss,
+    shared_cosine,
     similarity_loss,
     target_set,
 )
@@ -162,6 +164,28 @@ def test_the_largest_cluster_is_of_images_that_are_all_alike() -> None:
     assert largest_cluster(found) == 3
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_the_shared_cosine_is_the_best_worst_pair_of_any_majority(seed: int) -> None:
+    """Against all subsets of more than half; the verdict at any similarity is what the cluster rule says."""
+    generator = torch.manual_seed(seed)
+    drawn = (0.5 + 0.3 * torch.randn(7, 3, 4, 4, generator=generator)).clamp(0, 1)
+    drawn[seed % 7] = 0.01
+    kept = [place for place in range(7) if place != seed % 7]
+    flat = torch.nn.functional.normalize(drawn.double().flatten(1), dim=1)
+    best = max(min(float(flat[a] @ flat[b]) for a, b in itertools.combinations(subset, 2))
+               for subset in itertools.combinations(kept, 4))
+    found = shared_cosine(drawn, 0.5)
+    assert found == pytest.approx(best, abs=1e-12)
+    for similarity in (found - 1e-6, found + 1e-6):
+        assert (largest_cluster(alike(drawn, similarity)) > 3.5) is (found > similarity)
+
+
+def test_no_majority_shares_a_cosine_where_most_images_are_black() -> None:
+    drawn = torch.zeros(6, 3, 4, 4)
+    drawn[:3] = images(1)[0]
+    assert shared_cosine(drawn, 0.5) == 0 and shared_cosine(drawn, 0.4) == pytest.approx(1)
+
+
 def brightness_door(target: Tensor) -> Callable[[Tensor], Tensor]:
     """A hand-made backdoored sampler: noise becomes an image, and the higher its mean, the more of the target."""
     def sample(x: Tensor) -> Tensor:
@@ -183,6 +207,7 @@ def test_inversion_opens_a_hand_made_backdoor_and_finds_none_where_there_is_none
     fixed = images(8, size=6).float()
     unmoved = invert(lambda x: fixed.clone(), noises, DiffCleanse(noises=8, iterations=5), ctx)
     assert largest_cluster(alike(unmoved.images, 0.999)) == 0 and unmoved.iterations == 5
+    assert found.cosine > 0.999 > unmoved.cosine == shared_cosine(fixed, 0.5)
 
 
 def test_inversion_keeps_the_largest_cluster_that_it_passed(tmp_path: Path) -> None:
@@ -200,7 +225,7 @@ def test_inversion_keeps_the_largest_cluster_that_it_passed(tmp_path: Path) -> N
     found = invert(sample, noises, DiffCleanse(noises=8, iterations=5, start="black"), Context("key", tmp_path))
     assert len(looked) == 6 and found.iterations == 5
     assert torch.equal(looked[0], noises - 1)
-    assert largest_cluster(alike(found.images, 0.999)) == 6
+    assert largest_cluster(alike(found.images, 0.999)) == 6 and found.cosine > 0.999
     assert torch.allclose(looked[2], noises + found.pattern) and not torch.equal(looked[2], looked[5])
 
 
@@ -313,6 +338,10 @@ def test_a_model_found_clean_is_returned_as_it_is_unless_told_otherwise(suspicio
     assert kept is suspicious and report is not None and report.verdict is not None
     assert not report.verdict.flagged and report.facts["removed_share"] == 0
     assert json.loads((tmp_path / "a/report.json").read_text())["verdict"]["score"] == 0
+    repaired(DiffCleanse(score="cosine", **strict), suspicious, tmp_path / "c")  # type: ignore[arg-type]
+    graded = read_report(tmp_path / "c")
+    assert graded is not None and graded.verdict is not None
+    assert not graded.verdict.flagged and 0 < graded.verdict.score < strict["similarity"]
     anyway = repaired(DiffCleanse(always=True, **strict), suspicious, tmp_path / "b")  # type: ignore[arg-type]
     assert anyway.digest != suspicious.digest
 
