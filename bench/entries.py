@@ -57,6 +57,9 @@ class Entry:
 
     @property
     def eps(self) -> float | None:
+        """The budget on images; a defense of models may call something else so (adversarial neuron pruning does)."""
+        if self.defense.facts.get("acts_on") == "model":
+            return None
         value = self.defense.parameters.get("eps")
         return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 

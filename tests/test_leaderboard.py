@@ -284,6 +284,14 @@ def test_controls_are_of_the_same_budget(tmp_path: Path) -> None:
     assert noise == {"shield eps=16.0": [-0.15], "shield eps=4.0": [-0.1], "shield eps=2.0": []}
 
 
+def test_only_a_change_of_images_is_a_budget(tmp_path: Path) -> None:
+    """Adversarial neuron pruning calls the size of its perturbation of channels eps, too."""
+    prune = record("defense", "prune", facts={"acts_on": "model"}, eps=0.4)
+    for defense in (NONE, NOISE, prune, record("defense", "shield", facts={"acts_on": "images"}, eps=4.0)):
+        add(tmp_path, cell(defense), ism(0.5, sd=0.0))
+    assert {x.label: x.eps for x in board(tmp_path).lines} == {"none": None, "noise": 16, "prune": None, "shield": 4}
+
+
 def test_missing_numbers_carry_their_reason(suite: Path) -> None:
     add(suite, cell(SHIELD, 0), ism(0.3, "c0"), Measurement("kid", None, 0, "", None, reason="needs 50 images"))
     table = board(suite)
