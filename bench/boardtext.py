@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDEST = 120
-ACROSS = 5
-"""Measurements side by side on a terminal."""
+ACROSS, BESIDE = (3, 5), (1, 3)
+"""On a narrow and on a wide terminal: measurements side by side, and differences to controls beside the ranking."""
 
 
 # Markdown
@@ -124,7 +124,8 @@ def print_table(table: Table, console: Console) -> None:
     console.print()
     console.rule(Text(printable(title(table)), style="bold cyan"), align="left")
     console.print(Text(printable(subtitle(table)), style="dim"))
-    for sheet in sheets(table, ACROSS if console.width >= 105 else 3):
+    wide = console.width >= 105
+    for sheet in sheets(table, ACROSS[wide], BESIDE[wide]):
         console.print(drawn(sheet))
     for note in notes(table):
         console.print(Text(f"{DASH} {printable(note)}", style="dim"))

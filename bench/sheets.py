@@ -136,13 +136,13 @@ def common_size(table: Table) -> str:
     return found.pop() if len(found) == 1 else ""
 
 
-def ranking(table: Table) -> Sheet:
-    """The column that ranks, with its differences to the controls."""
+def ranking(table: Table, controls: Sequence[str]) -> Sheet:
+    """The column that ranks, with its differences to ``controls``."""
     column, lines = table.columns[0], ran(table)
     decimals = places([line.scores[column.name].value for line in lines])
     budgets, sizes = any(line.eps is not None for line in lines), not common_size(table)
     certain = any(line.placing is not None for line in lines)
-    head = ["rank", "defense", *(["ε"] if budgets else []), heading(column), *(f"Δ {c}" for c in table.controls),
+    head = ["rank", "defense", *(["ε"] if budgets else []), heading(column), *(f"Δ {c}" for c in controls),
             *(["P(best)", "rank 95 %"] if certain else []), *(["n"] if sizes else []), "cost"]
     rows = []
     for line in lines:
@@ -152,11 +152,23 @@ def ranking(table: Table) -> Sheet:
         rows.append((
             Shown(place(line)), about(line), *([budget] if budgets else []),
             shown_score(line.scores[column.name], decimals),
-            *(shown_delta(deltas.get(control), decimals) for control in table.controls),
+            *(shown_delta(deltas.get(control), decimals) for control in controls),
             *(placing if certain else []), *([Shown(sample_size(line, column))] if sizes else []),
             Shown(seconds(line.seconds)),
         ))
     return Sheet(f"Ranked by {column.name}", tuple(head), tuple(rows))
+
+
+def differences(table: Table, across: int) -> Iterator[Sheet]:
+    """The differences to the controls by themselves, ``across`` to a sheet."""
+    column, lines = table.columns[0], ran(table)
+    decimals = places([line.scores[column.name].value for line in lines])
+    deltas = {line.label: {d.control: d for d in line.deltas[column.name]} for line in lines}
+    for start in range(0, len(table.controls), across):
+        part = table.controls[start:start + across]
+        rows = tuple((about(line), *(shown_delta(deltas[line.label].get(c), decimals) for c in part)) for line in lines)
+        yield Sheet(f"Differences in {column.name}" + (" (continued)" if start else ""),
+                    ("defense", *(f"Δ {c}" for c in part)), rows)
 
 
 def others(table: Table, across: int) -> Iterator[Sheet]:
@@ -230,8 +242,14 @@ def matrix_label(row: MatrixRow) -> Shown:
     return Shown(row.label, "clean photos" if row.clean else "control" if row.control else "")
 
 
-def sheets(table: Table, across: int) -> list[Sheet]:
-    ranked = [ranking(table), *others(table, across)] if table.columns and ran(table) else []
+def sheets(table: Table, across: int, beside: int | None = None) -> list[Sheet]:
+    """``across``: measurements side by side. ``beside``: controls for whose differences there is room beside the
+    ranking (None: for all); where there are more, the differences get sheets of their own."""
+    ranked: list[Sheet] = []
+    if table.columns and ran(table):
+        apart = beside is not None and len(table.controls) > beside
+        ranked = [ranking(table, () if apart else table.controls), *(differences(table, across) if apart else ()),
+                  *others(table, across)]
     matrix = matrix_sheets(table.matrix, across) if table.matrix else ()
     last = [sheet for sheet in (common(table), unranked(table)) if sheet]
     switches = switch_sheet(table)

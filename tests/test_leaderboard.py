@@ -360,6 +360,19 @@ def test_the_terminal_is_never_wider_than_asked(suite: Path, capsys: pytest.Capt
     assert all(f"measurement_{i}" in out for i in range(8))
 
 
+@pytest.mark.parametrize(("width", "apart"), [(80, True), (120, False)])
+def test_differences_to_many_controls_get_room(
+    suite: Path, capsys: pytest.CaptureFixture[str], width: int, apart: bool,
+) -> None:
+    """On a narrow terminal they stand below the ranking, whole, instead of breaking every word."""
+    add(suite, cell(record("defense", "plain", facts={"control": True}, eps=16.0)), ism(0.5))
+    print_boards(read_boards(suite), width=width)
+    out = capsys.readouterr().out
+    heads = [line.split() for line in out.splitlines() if "defense" in line and "Δ" in line]
+    assert heads[0][0] == ("defense" if apart else "rank")
+    assert [word for word in heads[0] if word in ("none", "noise", "plain")] == ["none", "noise", "plain"]
+
+
 def test_the_same_bytes_again_and_in_any_order(suite: Path, tmp_path: Path) -> None:
     def written(folder: Path) -> list[bytes]:
         write_boards(folder)
