@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 WIDEST = 120
-ACROSS, BESIDE = (3, 5), (1, 3)
-"""On a narrow and on a wide terminal: measurements side by side, and differences to controls beside the ranking."""
+NARROW, WIDE = (3, 1), (5, 3)
+"""Of a terminal: measurements side by side, and differences to controls beside the ranking."""
 
 
 # Markdown
@@ -124,8 +124,7 @@ def print_table(table: Table, console: Console) -> None:
     console.print()
     console.rule(Text(printable(title(table)), style="bold cyan"), align="left")
     console.print(Text(printable(subtitle(table)), style="dim"))
-    wide = console.width >= 105
-    for sheet in sheets(table, ACROSS[wide], BESIDE[wide]):
+    for sheet in sheets(table, *(WIDE if console.width >= 105 else NARROW)):
         console.print(drawn(sheet))
     for note in notes(table):
         console.print(Text(f"{DASH} {printable(note)}", style="dim"))

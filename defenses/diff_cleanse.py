@@ -70,9 +70,9 @@ class DiffCleanse:
     """Inverts a trigger, says whether the model is backdoored, prunes the channels that serve it, and repairs the rest.
 
     ``trigger``: ``inverted``, or ``known`` for the attacker's own (an ablation: the board says that it knows).
-    ``always``: prune and repair a model that was found clean, too. ``noises``: B. ``start``: of tau, uniform in [0,
-    1] or black, 1 everywhere. ``sampler``: unipc, ddim or ddpm, in ``sampling_steps`` steps. ``similarity``: cosine
-    above which samples are alike. ``pattern_entropy``: weight of a hinge that keeps the pattern's entropy in [1, 3].
+    ``always``: prune and repair a model that was found clean, too. ``noises``: B. ``start``: of tau, uniform in [0, 1]
+    or black, 1 everywhere. ``sampler``: unipc, ddim or ddpm, in ``sampling_steps`` steps. ``similarity``: cosine above
+    which samples are alike. ``pattern_entropy``: weight of a hinge that keeps the pattern's entropy in [1, 3].
     ``cluster_share``: the verdict's threshold. ``score``: what the verdict is said to rest on: ``cluster``, the
     largest one's share of the noises, or ``cosine``, the highest that more than ``cluster_share`` of the samples had
     to each other, which is above ``similarity`` when and only when the model is flagged, and tells models below it
