@@ -222,8 +222,7 @@ def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
     cell = runs[0].result.cell
     columns = find_columns(runs, name)
     entries = find_entries(runs, columns)
-    controls = [entry for entry in entries if entry.control and entry.finished]
-    controls.sort(key=lambda entry: (len(entry.defense.parameters), entry.label))
+    controls, twins = find_controls(entries)
     lines = rank(make_lines(entries, columns, controls), entries, columns)
     names = tuple(dict.fromkeys(entry.defense.name for entry in controls))
     variants = [Variant(entry.label, entry.cells[0].result.cell, entry.points[first.name], first.unit == "share")
@@ -231,9 +230,30 @@ def make_table(runs: Sequence[Run], name: str, protocol: str) -> Table:
     return Table(
         digest([group_key(runs[0].result), protocol]), cell.track, cell.model.name, cell.data.label,
         cell.attack.label, cell.purifier.label if cell.purifier else "none", cell.protocol, tuple(columns), names,
-        tuple(lines), tuple(missing(lines, columns)), unpurified=does_nothing(cell.purifier),
+        tuple(lines), (*told_twins(twins), *missing(lines, columns)), unpurified=does_nothing(cell.purifier),
         switches=find_switches(variants, ALPHA), power=power(lines, columns),
     )
+
+
+def find_controls(entries: Sequence[Entry]) -> tuple[list[Entry], dict[str, list[str]]]:
+    """Finished controls, the plainest first, without those that left the same pictures as an earlier one: a second
+    comparison with these would only make the correction stricter. And by name of the earlier one, who they are."""
+    controls = [entry for entry in entries if entry.control and entry.finished]
+    controls.sort(key=lambda x: (len(x.defense.parameters), str(x.defense.facts.get("acts_on", "")), x.label))
+    kept: list[Entry] = []
+    twins: dict[str, list[str]] = {}
+    for control in controls:
+        first = next((other for other in kept if control.is_like(other)), None)
+        if first is None:
+            kept.append(control)
+        else:
+            twins.setdefault(first.defense.name, []).append(control.label)
+    return kept, twins
+
+
+def told_twins(twins: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    for name, others in twins.items():
+        yield f"Δ {name} is Δ {', Δ '.join(others)} as well: what they leave is the very same."
 
 
 def make_lines(entries: Sequence[Entry], columns: Sequence[Column], controls: Sequence[Entry]) -> list[Line]:

@@ -9,13 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from bench.results import MeasurementRecord, PluginRecord, Result
+from bench.results import MeasurementRecord, PluginRecord, Result, evidence
 from bench.runs import Run, is_control, samples_of
 from bench.samples import Samples
 from bench.stats import Point, Tally, tally
 
 DEFENSE_STAGES = ("protect", "repair")
 """Stages whose cost is the defense's."""
+OWN_STAGES = (*DEFENSE_STAGES, "score_inputs")
+"""Stages that differ between defenses even where nothing came of them."""
 Sample = tuple[int, str, str]
 """Seed, unit and name of a sample."""
 
@@ -54,6 +56,17 @@ class Entry:
     @property
     def defense(self) -> PluginRecord:
         return self.cells[0].result.cell.defense
+
+    @cached_property
+    def outcomes(self) -> dict[int, frozenset[str]]:
+        """By seed, the artefacts that were measured and are not the defense's own: pictures and models after it."""
+        return {run.result.cell.seed: frozenset(
+            key for stage, key in evidence(run.result).items() if not stage.startswith(OWN_STAGES))
+            for run in self.finished}
+
+    def is_like(self, other: Entry) -> bool:
+        """Whether it left the attacker the very same pictures in every seed, as tests that change nothing do."""
+        return bool(self.outcomes) and all(self.outcomes.values()) and self.outcomes == other.outcomes
 
     @property
     def eps(self) -> float | None:

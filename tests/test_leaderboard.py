@@ -271,6 +271,22 @@ def test_backdoors_are_units_by_seed(tmp_path: Path) -> None:
     assert [(x.label, x.rank) for x in table.lines] == [("shield", 1), ("none", 2)]
 
 
+def test_controls_that_leave_the_same_pictures_are_compared_with_once(tmp_path: Path) -> None:
+    """A test of inputs leaves a model as it was; three columns of the same differences would only triple the number of
+    comparisons that Holm's correction divides by."""
+    probe = record("defense", "a_probe", facts={"control": True, "acts_on": "model"})
+    for seed in (0, 1):
+        for defense, mean, picture in ((NONE, 0.5, "p"), (probe, 0.5, "p"), (NOISE, 0.5, "q"), (SHIELD, 0.3, "r")):
+            own = {"repair": f"own {defense.name}", "sample": f"{picture}{seed}", "score_inputs": f"too {defense.name}"}
+            add(tmp_path, cell(defense, seed), ism(mean, f"{picture}{seed}"), artefacts=own)
+    table = board(tmp_path)
+    assert table.controls == ("none", "noise")
+    assert [x.control for x in line(table, "shield").deltas["ism"]] == ["none", "noise"]
+    assert table.power is not None and table.power.comparisons == 2
+    assert line(table, "a_probe").deltas["ism"][0].difference.value == 0
+    assert "Δ none is Δ a_probe as well: what they leave is the very same." in table.notes
+
+
 def test_controls_are_of_the_same_budget(tmp_path: Path) -> None:
     weak = record("defense", "noise", facts={"control": True}, eps=4.0)
     for defense, mean in ((NONE, 0.5), (NOISE, 0.45), (weak, 0.5), (SHIELD, 0.3), (
