@@ -334,20 +334,22 @@ def detection_subtitle(board: DetectionBoard) -> str:
 
 
 def detection_sheets(board: DetectionBoard) -> list[Sheet]:
-    wrong = tuple(row for detector in board.detectors for row in mistake_rows(detector))
-    return [rates(board), by_attack(board),
-            *([Sheet("Mistakes", ("defense", "mistake", "models", "seeds", "scores", "ASR"), wrong)] if wrong else [])]
+    return [rates(board), own_rates(board), by_attack(board), *(mistakes(d) for d in board.detectors if d.mistakes)]
 
 
 def rates(board: DetectionBoard) -> Sheet:
-    """Every defense at the common rate of false positives, and by its own rule."""
-    rows = tuple((
-        named(d), *(shown_score(score, 3) for score in (d.auroc, d.tpr, d.fpr, d.accuracy, d.own_tpr, d.own_fpr)),
-        Shown(f"{d.poisoned} + {d.clean}", f"{d.calibration} calibrate"), Shown(seconds(d.seconds)),
-    ) for d in board.detectors)
-    head = ("defense", "AUROC ↑", "TPR ↑", "FPR ↓", "accuracy ↑", "TPR ↑ (own rule)", "FPR ↓ (own rule)",
-            "poisoned + clean", "cost")
+    """Every defense at the common rate of false positives."""
+    rows = tuple((named(d), *(shown_score(score, 3) for score in (d.auroc, d.tpr, d.fpr, d.accuracy)),
+                  Shown(f"{d.poisoned} + {d.clean}", f"{d.calibration} calibrate"), Shown(seconds(d.seconds)))
+                 for d in board.detectors)
+    head = ("defense", "AUROC ↑", "TPR ↑", "FPR ↓", "accuracy ↑", "poisoned + clean", "cost")
     return Sheet("Poisoned models told from clean ones", head, rows)
+
+
+def own_rates(board: DetectionBoard) -> Sheet:
+    """Every defense at its own threshold, which saw none of these clean models."""
+    rows = tuple((named(d), shown_score(d.own_tpr, 3), shown_score(d.own_fpr, 3)) for d in board.detectors)
+    return Sheet("By the defense's own rule", ("defense", "TPR ↑", "FPR ↓"), rows)
 
 
 def by_attack(board: DetectionBoard) -> Sheet:
@@ -362,13 +364,13 @@ def named(detector: Detector) -> Shown:
     return Shown(detector.label, "; ".join([*said, *known]))
 
 
-def mistake_rows(detector: Detector) -> Iterator[tuple[Shown, ...]]:
-    """One per setting: how many of its models were judged wrongly, and which."""
-    for m in detector.mistakes:
-        limit = DASH if detector.threshold is None else f"threshold {detector.threshold:.3g}"
-        yield (Shown(detector.label), Shown(f"{'missed' if m.missed else 'false alarm'}: {m.setting}"),
-               Shown(f"{len(m.seeds)} of {m.of}"), Shown(", ".join(map(str, m.seeds))),
-               Shown(spread_of(m), limit), Shown(DASH if m.success is None else f"{m.success:.2f}"))
+def mistakes(detector: Detector) -> Sheet:
+    """A row per setting: how many of its models were judged wrongly, and which."""
+    limit = "" if detector.threshold is None else f", threshold {detector.threshold:.3g}"
+    rows = tuple((Shown(f"{'missed' if m.missed else 'false alarm'}: {m.setting}"), Shown(f"{len(m.seeds)} of {m.of}"),
+                  Shown(", ".join(map(str, m.seeds))), Shown(spread_of(m)),
+                  Shown(DASH if m.success is None else f"{m.success:.2f}")) for m in detector.mistakes)
+    return Sheet(f"Mistakes of {detector.label}{limit}", ("mistake", "models", "seeds", "scores", "ASR"), rows)
 
 
 def spread_of(m: Mistakes) -> str:
