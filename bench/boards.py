@@ -32,6 +32,7 @@ from bench.placings import Placing, placings
 from bench.results import Result
 from bench.runs import Run, does_nothing, family_key, group_key, primary, question_key
 from bench.stats import (
+    ALPHA,
     Difference,
     Estimate,
     Tally,
@@ -43,7 +44,6 @@ from bench.stats import (
 from bench.switches import Switch, Variant, find_switches
 from bench.worst_case import ALL_ATTACKS, Family, Matrix, attackers, families, make_matrix
 
-ALPHA = 0.05
 Scores = Mapping[str, Estimate]
 Deltas = Mapping[str, tuple["Delta", ...]]
 """By column."""

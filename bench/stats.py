@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
     Places = NDArray[np.intp]
 T = TypeVar("T")
-LEVEL = 0.95
+LEVEL, ALPHA = 0.95, 0.05
+"""Of intervals, and of tests."""
 FEWEST = 3
 """Units below which no interval is claimed: two points say nothing about the spread of a population."""
 Z = 1.959963984540054
@@ -142,7 +143,9 @@ class Difference:
 
     @property
     def excludes_zero(self) -> bool:
-        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        """Whether the interval does. One without any width says that all units agree, which few units do by chance."""
+        outside = self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
+        return outside and (self.error != 0 or self.p is None or self.p < ALPHA)
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 
 NAMES = ("der", "asr_drop", "utility_drop", "utility", "utility@implanted", "utility@clean")
 BETTER = {"der": True, "asr_drop": True, "utility_drop": False, "utility": True}
+UNITS = dict.fromkeys(NAMES, "share") | {"asr_drop": "difference", "utility_drop": "difference"}
+"""Intervals of shares stay within 0 and 1; a drop may be negative."""
 
 
-@plugin("metric", "backdoor_score", track=("backdoor",),
+@plugin("metric", "backdoor_score", track=("backdoor",), version=2,
         paper="Zhu et al., Enhancing Fine-Tuning Based Backdoor Defense with Sharpness-Aware Minimization, ICCV 2023")
 class BackdoorScore:
     """``der``: the defense effectiveness rating, 0.5 for doing nothing, beside its axes ``asr_drop`` and
@@ -61,7 +63,8 @@ class BackdoorScore:
         count = min(len(evidence.reference), *map(len, drawn))
         facts = {**extract.facts, **rule.facts(), "neighbours": self.neighbours, "pictures": count}
         if count <= self.neighbours:
-            return [Measurement(name, None, count, "share", BETTER.get(name), protocol=facts, reason=self._few(count))
+            why = self._few(count)
+            return [Measurement(name, None, count, UNITS[name], BETTER.get(name), protocol=facts, reason=why)
                     for name in NAMES]
         real = extract.images(evidence.reference.pixels[:count])
         after, before, clean = (f_score(extract.images(p[:count]), real, self.neighbours) for p in drawn)
@@ -74,7 +77,7 @@ class BackdoorScore:
         facts: dict[str, Any],
     ) -> list[Measurement]:
         values = (rating(asr_drop, utility_drop), asr_drop, utility_drop, *utilities)
-        return [Measurement(name, value, count, "share", BETTER.get(name), protocol=facts)
+        return [Measurement(name, value, count, UNITS[name], BETTER.get(name), protocol=facts)
                 for name, value in zip(NAMES, values, strict=True)]
 
     def _few(self, count: int) -> str:

@@ -182,6 +182,15 @@ def test_order_and_repetition_change_no_bit() -> None:
     assert paired_difference(data, other) == paired_difference(shuffled, other)
 
 
+@pytest.mark.parametrize(("units", "sure"), [(3, False), (5, False), (6, True)])
+def test_agreement_without_any_spread_counts_where_chance_would_not_do_it(units: int, sure: bool) -> None:
+    """All k of k signs alike: 2 / 2^k by chance, 0.06 for five and 0.03 for six."""
+    a, b = ({str(i): [value] for i in range(units)} for value in (0.75, 0.25))
+    found = paired_difference(points(a), points(b))
+    assert (found.low, found.high, found.p) == (0.5, 0.5, 2.0 ** (1 - units))
+    assert found.excludes_zero is sure
+
+
 def test_pairing_removes_what_units_share() -> None:
     draw = np.random.default_rng(2)
     base = {str(i): float(draw.normal(0, 10)) for i in range(12)}

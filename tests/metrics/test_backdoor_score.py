@@ -73,6 +73,7 @@ def test_a_perfect_repair_has_both_axes_and_a_rating_of_one(backdoor: Make, ctx:
     found = by_name(evidence, ctx)
     assert found["asr_drop"].value == 1 and found["utility_drop"].value == 0 and found["der"].value == 1
     assert found["der"].higher_is_better and found["utility_drop"].higher_is_better is False
+    assert {found[name].unit for name in ("asr_drop", "utility_drop")} == {"difference"}
     assert found["utility@clean"].value == found["utility@implanted"].value == found["utility"].value
 
 
