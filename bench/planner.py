@@ -54,13 +54,22 @@ def expand(words: Sequence[str], blocks: Sequence[Mapping[str, Any]]) -> list[li
     """Every cell's overrides: each block's product, with the command line's words over it.
 
     A word whose key a block has replaces the block's values; any other multiplies (a sweep) or adds (one value).
+    Metrics make no cells, so several choices of them are all measured in each.
     """
     typed = choices(words)
     found: list[list[str]] = []
     for block in blocks or [{}]:
         axes = {**_axes(block), **typed}
-        found += [list(point) for point in product(*axes.values())]
+        found += [list(point) for point in product(*(_together(key, values) for key, values in axes.items()))]
     return found
+
+
+def _together(key: str, values: list[str]) -> list[str]:
+    """The values of an axis; those of metrics as one list."""
+    if key != METRICS or len(values) < 2:
+        return values
+    names = [name.strip() for value in values for name in value.partition("=")[2].strip("[] ").split(",")]
+    return [f"{key}=[{','.join(dict.fromkeys(names))}]"]
 
 
 def _axes(block: Mapping[str, Any]) -> dict[str, list[str]]:

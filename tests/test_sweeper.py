@@ -58,6 +58,14 @@ def test_a_block_is_a_product_and_the_command_line_goes_over_it() -> None:
     assert expand([], [{"surrogate": ["", "m"]}]) == [["surrogate="], ["surrogate=m"]]
 
 
+@pytest.mark.parametrize(("words", "block"), [
+    ([], {"metrics": ["a", "b", "c"]}), ([], {"metrics": ["[a,b]", "c", "a"]}), ([], {"metrics": "a,b,c"}),
+    (["metrics=a,b,c"], {"metrics": "[d]"}), (["metrics=a,b", "metrics=[c]"], {})])
+def test_metrics_of_a_choice_are_all_measured_in_each_cell(words: list[str], block: dict[str, object]) -> None:
+    """They make no cells: of equal cells that differed in metrics the first alone would run."""
+    assert [point[-1:] for point in expand(words, [block])] == [["metrics=[a,b,c]"]]
+
+
 @pytest.mark.parametrize("value", [{"a": 1}, [["x"]], []])
 def test_a_block_refuses_what_is_no_word(value: object) -> None:
     with pytest.raises(BenchError, match="blocks: 'attack' has"):
