@@ -21,7 +21,8 @@ LEGEND = (
     "models) and seeds, not images: t intervals with clustered standard errors, Wilson's for shares; none is given "
     "below 3 units.",
     "Δ: paired difference to a control at the same budget, on the same units, seeds and samples. * the interval "
-    "excludes 0; ** it is beyond 0, too, after Holm's correction over all such comparisons of the column.",
+    "excludes 0 (where all units agree exactly, at least six do); ** it is beyond 0, too, after Holm's correction over "
+    "all such comparisons of the column.",
     "Defenses share a rank (=) with the first of their group where the interval of their paired difference includes 0; "
     "that is not corrected for the number of lines. Ranks are given under full coverage and one protocol only. "
     "P(best) and rank 95 %: how often the line comes first, and between which ranks it lies, when units and seeds are "
