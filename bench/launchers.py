@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -103,7 +103,7 @@ class CellLauncher(Launcher):
         settings = how if crew.here else replace(how, device=root.device)  # `auto` is for the worker to say
         once = (self.preload, *preloaded(how.tracker.wandb))
         pool = Pool(settings, many, root.time_limit, root.on_error == "stop", self.runner, once, crew)
-        return pool.run(cells, Progress(len(cells), many).report)
+        return pool.run(cells, Progress(cells, many).report)
 
     def crew(self, cells: Sequence[Cell], how: Settings, root: Config) -> tuple[Crew, int]:
         """Who runs the cells, and how many at a time."""
@@ -191,19 +191,30 @@ def register_launchers() -> None:
 
 @dataclass
 class Progress:
-    """One line per cell that ends, with the time that the rest may take."""
+    """One line per cell that ends, with the time that the rest may take. Of the cells that share a first stage, one
+    builds it, which may take a hundred times as long as the others, so the two kinds are counted apart."""
 
-    total: int
+    cells: Sequence[Cell]
     workers: int = 1
-    started: float = field(default_factory=time.monotonic)
-    spent: list[float] = field(default_factory=list)
+    builders: dict[tuple[Any, ...], float] = field(default_factory=dict)
+    sharers: list[float] = field(default_factory=list)
 
     def report(self, ended: Ended, left: int) -> None:
-        self.spent.append(ended.seconds)
+        stage = ended.cell.first_stage()
+        if stage in self.builders:
+            self.sharers.append(ended.seconds)
+        else:
+            self.builders[stage] = ended.seconds
         reason = f": {ended.reason}" if ended.reason else ""
-        logger.info("[%*d/%d] %-6s %s (%.1f s)%s%s", len(str(self.total)), self.total - left, self.total, ended.status,
-                    ended.cell.title(), ended.seconds, reason, self._eta(left))
+        total = len(self.cells)
+        logger.info("[%*d/%d] %-6s %s (%.1f s)%s%s", len(str(total)), total - left, total, ended.status,
+                    ended.cell.title(), ended.seconds, reason, self._rest(left))
 
-    def _eta(self, left: int) -> str:
-        seconds = sum(self.spent) / len(self.spent) * left / max(1, min(self.workers, left))
-        return f" · {left} left, about {terminal.duration(seconds)}" if left else ""
+    def _rest(self, left: int) -> str:
+        """How many are left and how long they may take, once one of each kind that is left has ended."""
+        building = len({cell.first_stage() for cell in self.cells}) - len(self.builders)
+        sharing = left - building
+        if not left or (sharing > 0 and not self.sharers):
+            return f" · {left} left" if left else ""
+        work = building * fmean(self.builders.values()) + (sharing * fmean(self.sharers) if sharing > 0 else 0.0)
+        return f" · {left} left, about {terminal.duration(work / max(1, min(self.workers, left)))}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from bench.config import Cell, Settings
 from bench.launcher import Ended, Pool, Running, Task, how, workers
+from bench.launchers import Progress
 from bench.protocols import CustomizationProtocol
 from bench.results import read_result
 from tests import fakes
@@ -83,6 +85,23 @@ def test_cells_that_would_wait_for_one_another_do_not_start_together(tmp_path: P
     assert queue[tried._next(queue)].cell.id == "elsewhere"
     tried.running.append(Running(queue.pop(), None, 1))
     assert queue[tried._next(queue)].cell.id == "needs", "where all would wait, the first of them does"
+
+
+def test_the_time_left_counts_stages_and_the_cells_that_share_them_apart(caplog: pytest.LogCaptureFixture) -> None:
+    """Four stages, three cells each: 600 s for the first of a stage, 10 s for what shares it, two at a time."""
+    cells = [replace(cell(f"{seed}-{place}"), seed=seed) for place in range(3) for seed in range(4)]
+    progress = Progress(cells, 2)
+    with caplog.at_level(logging.INFO):
+        for done, one in enumerate(cells, 1):
+            progress.report(Ended(one, "ok", 600.0 if done <= 4 else 10.0, ""), len(cells) - done)
+    said = [line.partition(" s)")[2] for line in caplog.messages]
+    assert said[0] == " · 11 left", "nobody knows yet what the others take"
+    assert said[4] == " · 7 left, about 35 s"
+    assert said[-2:] == [" · 1 left, about 10 s", ""]
+    alone = Progress([replace(cell(str(seed)), seed=seed) for seed in range(5)])
+    with caplog.at_level(logging.INFO):
+        alone.report(Ended(alone.cells[0], "ok", 60.0, ""), 4)
+    assert caplog.messages[-1].endswith(" · 4 left, about 4 min")
 
 
 @pytest.mark.parametrize(("code", "said"), [
