@@ -199,6 +199,9 @@ class Progress:
     builders: dict[tuple[Any, ...], float] = field(default_factory=dict)
     sharers: list[float] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        self.stages = len({cell.first_stage() for cell in self.cells})
+
     def report(self, ended: Ended, left: int) -> None:
         stage = ended.cell.first_stage()
         if stage in self.builders:
@@ -212,9 +215,9 @@ class Progress:
 
     def _rest(self, left: int) -> str:
         """How many are left and how long they may take, once one of each kind that is left has ended."""
-        building = len({cell.first_stage() for cell in self.cells}) - len(self.builders)
+        building = self.stages - len(self.builders)
         sharing = left - building
-        if not left or (sharing > 0 and not self.sharers):
+        if not left or (sharing and not self.sharers):
             return f" · {left} left" if left else ""
-        work = building * fmean(self.builders.values()) + (sharing * fmean(self.sharers) if sharing > 0 else 0.0)
+        work = building * fmean(self.builders.values()) + sharing * fmean(self.sharers or [0.0])
         return f" · {left} left, about {terminal.duration(work / max(1, min(self.workers, left)))}"
