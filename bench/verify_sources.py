@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from bench.errors import BenchError
 from bench.findings import Report
 from bench.identity import digest, file_digest
-from bench.results import MEASURE, RESULT, Result
-from bench.store import Store, describe, read_manifest
+from bench.results import MEASURE, RESULT, Result, StageRecord, stage_record
+from bench.store import Cost, Store, describe, read_manifest
 from bench.store import verify as artefact_problem
 
 SUMS = "SHA256SUMS"
@@ -98,17 +99,42 @@ def check_store(report: Report, root: Path | None) -> None:
         keys = {(stage.stage, stage.key) for result in report.cells.values() for stage in result.cost}
         report.unchecked["artefacts (no store is at hand; --store names one)"] += len(keys)
         return
-    store, seen = Store(root), dict[Path, bool]()
+    store, seen, others = Store(root), dict[Path, bool](), Counter[str]()
     for path, result in report.cells.items():
-        for stage in result.cost:
-            folder = store.find(stage.stage, stage.key)
-            if folder is None:
-                report.unchecked["artefacts that the store does not hold"] += 1
-                continue
-            if folder not in seen:
-                seen[folder] = _intact(report, folder, result.cell.id)
-            if seen[folder] and stage.stage == MEASURE:
+        held = list(_held(report, store, result, seen))
+        measured = [folder for stage, folder in held if stage.stage == MEASURE]
+        if all(_on_record(stage, folder) for stage, folder in held):
+            for folder in measured:
                 _compare_measured(report, folder, result, path)
+        elif measured:
+            others += Counter(_same_as_other_run(measured, result)) + Counter(["cells"])
+    if others:
+        report.notes.append(f"the store holds another run of {others['cells']} of these cells, at another time or on "
+                            f"another machine: {others['same']} of {others['same'] + others['other']} values came out "
+                            "the same to the last bit. --reproduce says whether the rest are near.")
+
+
+def _held(
+    report: Report, store: Store, result: Result, seen: dict[Path, bool],
+) -> Iterator[tuple[StageRecord, Path]]:
+    """The stages of a cell whose artefacts the store has and that are intact; ``seen``: those looked at before."""
+    for stage in result.cost:
+        folder = store.find(stage.stage, stage.key)
+        if folder is None:
+            report.unchecked["artefacts that the store does not hold"] += 1
+            continue
+        if folder not in seen:
+            seen[folder] = _intact(report, folder, result.cell.id)
+        if seen[folder]:
+            yield stage, folder
+
+
+def _on_record(stage: StageRecord, folder: Path) -> bool:
+    """Whether the artefact is the one that the record was written from: it took the same time and memory. Another run
+    of the stage, on another machine above all, has the same key and may differ in the last bits, and training makes
+    more of them."""
+    cost = Cost(**read_manifest(folder)["cost"])
+    return stage_record(stage.stage, stage.key, cost, stage.reused) == stage
 
 
 def _intact(report: Report, folder: Path, cell: str) -> bool:
@@ -125,8 +151,19 @@ def _intact(report: Report, folder: Path, cell: str) -> bool:
 
 def _compare_measured(report: Report, folder: Path, result: Result, path: Path) -> None:
     """A metric's stored measurements against the record: the same numbers to the last bit."""
+    for name, stored, value in _values(folder, result):
+        report.compare("values in the store", path / RESULT, result.cell.id, f"{name}: the store has another value",
+                       stored, value)
+
+
+def _same_as_other_run(measured: list[Path], result: Result) -> Iterator[str]:
+    for folder in measured:
+        yield from ("same" if stored == value else "other" for _, stored, value in _values(folder, result))
+
+
+def _values(folder: Path, result: Result) -> Iterator[tuple[str, float | None, float]]:
+    """Of a metric's stored measurements: name, the store's value, the record's."""
     for stored in json.loads((folder / "measurements.json").read_text()):
         measured = result.measurement(stored["name"])
         if measured is not None and measured.value is not None:
-            report.compare("values in the store", path / RESULT, result.cell.id,
-                           f"{measured.name}: the store has another value", stored["value"], measured.value)
+            yield measured.name, stored["value"], measured.value

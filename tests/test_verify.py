@@ -305,6 +305,30 @@ def test_cells_run_again_come_out_the_same_to_the_last_bit(place: Place) -> None
 
 def test_a_forgery_that_fits_together_is_found_by_running_it(place: Place) -> None:
     """Rows, values, intervals, hashes and seal all made anew: nothing but a run knows better."""
+    cell = forge(place)
+    report = verify_suite(place.suite, None)
+    assert report.grade == "consistent", [p.line() for p in report.problems]
+    stored = verify_suite(place.suite, place.store, boards=False)
+    assert [p.what for p in stored.problems] == ["psnr: the store has another value"]
+    reproduce_cells(report, 2, 0, "cpu", lambda line: None)
+    assert report.grade == "claimed"
+    assert [(p.cell, p.what) for p in report.problems] == [(cell.name, "psnr: run again here it is another")]
+
+
+def test_a_store_that_holds_another_run_is_told_of_and_is_no_witness(place: Place, tmp_path: Path) -> None:
+    """Who runs the cells himself, on another machine above all, has other last bits under the same keys."""
+    forge(place)
+    how = Settings(tmp_path / "own", tmp_path / "other", "cpu", 1, Tracker(wandb="disabled"))
+    assert run_cell(planned(place.model, SignNoise(eps=4.0)), how).status == "ok"
+    report = verify_suite(place.suite, tmp_path / "other", boards=False)
+    assert report.grade == "consistent", [p.line() for p in report.problems]
+    assert "another run of 1 of these cells" in "\n".join(report.notes)
+    assert "2 of 3 values came out the same to the last bit" in "\n".join(report.notes)
+    assert report.checked["values in the store"] == 0
+
+
+def forge(place: Place) -> Path:
+    """Make one cell's PSNR 9 dB better, with rows, interval, hashes, seal and boards to match."""
     cell = place.cell()
     result = read_result(cell)
     rows = [SampleRow(r.metric, r.sample, r.cluster, r.value + 9, r.reason) if r.metric == "psnr" and r.value else r
@@ -314,13 +338,7 @@ def test_a_forgery_that_fits_together_is_found_by_running_it(place: Place) -> No
     images = {name.removesuffix(".png"): _pixels(cell / "images" / name) for name in result.images}
     write_result(result.model_copy(update={"measurements": better}), rows, images, cell)
     write_boards(place.suite)
-    report = verify_suite(place.suite, None)
-    assert report.grade == "consistent", [p.line() for p in report.problems]
-    stored = verify_suite(place.suite, place.store, boards=False)
-    assert [p.what for p in stored.problems] == ["psnr: the store has another value"]
-    reproduce_cells(report, 2, 0, "cpu", lambda line: None)
-    assert report.grade == "claimed"
-    assert [(p.cell, p.what) for p in report.problems] == [(cell.name, "psnr: run again here it is another")]
+    return cell
 
 
 def _pixels(file: Path) -> Any:
