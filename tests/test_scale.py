@@ -34,9 +34,15 @@ def spent(*words: str) -> float:
     return time.process_time() - began
 
 
-def least(*words: str) -> float:
-    """The less of two tries: whatever else this machine does only ever adds to one."""
-    return min(spent(*words) for _ in range(2))
+def least(*words: str, enough: float) -> float:
+    """The least of up to five tries, fewer once one took less than ``enough``: whatever else this machine does only
+    ever adds to a try, and for seconds on end at times."""
+    found = spent(*words)
+    for _ in range(4):
+        if found < enough:
+            break
+        found = min(found, spent(*words))
+    return found
 
 
 def finish_all(folder: Path) -> None:
@@ -63,11 +69,12 @@ def seeds(folder: Path) -> str:
 
 @pytest.mark.parametrize("cells", [100, pytest.param(1000, marks=pytest.mark.slow)])
 def test_many_cells_plan_fast_and_are_found_done_fast(tmp_path: Path, cells: int) -> None:
-    any_grid = 0.0 if cells == 1000 else least("plan", *GRID, "seed=0")  # what Hydra takes however few cells there are
+    # What Hydra takes however few cells there are.
+    any_grid = 0.0 if cells == 1000 else min(spent("plan", *GRID, "seed=0") for _ in range(2))
     (tmp_path / "seeds.txt").write_text(f"seed={','.join(map(str, range(cells // 4)))}")
-    share = cells / 1000
-    assert least("plan", *GRID, seeds(tmp_path)) - any_grid < PLAN * share
+    plan, done = (any_grid + limit * cells / 1000 for limit in (PLAN, DONE))
+    assert least("plan", *GRID, seeds(tmp_path), enough=plan) < plan
     finish_all(tmp_path)
     assert len(list((tmp_path / "grid").glob("*/result.json"))) == cells
-    assert least(*GRID, seeds(tmp_path)) - any_grid < DONE * share
+    assert least(*GRID, seeds(tmp_path), enough=done) < done
     assert not (tmp_path / "ran.txt").exists()
