@@ -99,11 +99,11 @@ def check_store(report: Report, root: Path | None) -> None:
         keys = {(stage.stage, stage.key) for result in report.cells.values() for stage in result.cost}
         report.unchecked["artefacts (no store is at hand; --store names one)"] += len(keys)
         return
-    store, seen, others = Store(root), dict[Path, bool](), Counter[str]()
+    store, seen, others = Store(root), dict[Path, Cost | None](), Counter[str]()
     for path, result in report.cells.items():
         held = list(_held(report, store, result, seen))
-        measured = [folder for stage, folder in held if stage.stage == MEASURE]
-        if all(_on_record(stage, folder) for stage, folder in held):
+        measured = [folder for stage, folder, _ in held if stage.stage == MEASURE]
+        if all(_on_record(stage, cost) for stage, _, cost in held):
             for folder in measured:
                 _compare_measured(report, folder, result, path)
         elif measured:
@@ -115,9 +115,10 @@ def check_store(report: Report, root: Path | None) -> None:
 
 
 def _held(
-    report: Report, store: Store, result: Result, seen: dict[Path, bool],
-) -> Iterator[tuple[StageRecord, Path]]:
-    """The stages of a cell whose artefacts the store has and that are intact; ``seen``: those looked at before."""
+    report: Report, store: Store, result: Result, seen: dict[Path, Cost | None],
+) -> Iterator[tuple[StageRecord, Path, Cost]]:
+    """The stages of a cell whose artefacts the store has and that are intact, with what the artefacts took; ``seen``:
+    of those looked at before, None where one is not intact."""
     for stage in result.cost:
         folder = store.find(stage.stage, stage.key)
         if folder is None:
@@ -125,28 +126,29 @@ def _held(
             continue
         if folder not in seen:
             seen[folder] = _intact(report, folder, result.cell.id)
-        if seen[folder]:
-            yield stage, folder
+        if (cost := seen[folder]) is not None:
+            yield stage, folder, cost
 
 
-def _on_record(stage: StageRecord, folder: Path) -> bool:
-    """Whether the artefact is the one that the record was written from: it took the same time and memory. Another run
-    of the stage, on another machine above all, has the same key and may differ in the last bits, and training makes
-    more of them."""
-    cost = Cost(**read_manifest(folder)["cost"])
+def _on_record(stage: StageRecord, cost: Cost) -> bool:
+    """Whether the artefact with this cost is the one that the record was written from: it took the same time and
+    memory. Another run of the stage, on another machine above all, has the same key and may differ in the last bits,
+    and training makes more of them."""
     return stage_record(stage.stage, stage.key, cost, stage.reused) == stage
 
 
-def _intact(report: Report, folder: Path, cell: str) -> bool:
+def _intact(report: Report, folder: Path, cell: str) -> Cost | None:
+    """What an artefact took to build, None where its files or its key are not as its manifest says."""
     report.checked["artefacts in the store"] += 1
     if problem := artefact_problem(folder):
         report.wrong(folder, cell, f"artefact: {problem}")
-        return False
+        return None
     manifest = read_manifest(folder)
     key = digest(describe(manifest["stage"], manifest["version"], manifest["inputs"], manifest.get("seeded_by")))
     if key != folder.name:
         report.wrong(folder, cell, "artefact: what produced it gives another key", folder.name, key)
-    return key == folder.name
+        return None
+    return Cost(**manifest["cost"])
 
 
 def _compare_measured(report: Report, folder: Path, result: Result, path: Path) -> None:
