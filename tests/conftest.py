@@ -17,6 +17,17 @@ BASE = ("model=text", "data=fake_people", "attack=fake_attack", "metrics=[fake_s
 """A cell of fakes that runs; overrides come after it."""
 
 
+def least(spent: Callable[[], float], enough: float) -> float:
+    """The least of up to five tries, fewer once one took less than ``enough``: whatever else this machine does only
+    ever adds to a try, and for seconds on end at times."""
+    found = spent()
+    for _ in range(4):
+        if found < enough:
+            break
+        found = min(found, spent())
+    return found
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test writes into the user's cache."""
